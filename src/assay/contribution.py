@@ -1,0 +1,125 @@
+"""What one participant sent in one round, parsed, bounded and hashed.
+
+`LoraUpdate` and `Round` are frozen: a screen that wants to change a number has to say so in a verdict. The hash is
+taken over canonical bytes (sorted names, dtype, shape, little-endian data), so that two encodings of the same tensors
+are the same contribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tensors = Mapping[str, NDArray[np.float32]]
+
+
+def tensors_sha256(tensors: Tensors) -> str:
+    """sha256 (hex) of the canonical bytes of named float32 tensors; independent of order and encoding.
+
+    >>> import numpy as np
+    >>> a, b = np.zeros((1, 2), np.float32), np.ones(3, np.float32)
+    >>> tensors_sha256({"a": a, "b": b}) == tensors_sha256({"b": b, "a": a})
+    True
+    >>> tensors_sha256({"a": a}) == tensors_sha256({"a": a.reshape(2, 1)})
+    False
+    """
+    digest = hashlib.sha256(b"assay.tensors.1")
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name], dtype="<f4")
+        raw = name.encode()
+        digest.update(struct.pack("<I", len(raw)) + raw)
+        digest.update(struct.pack(f"<I{array.ndim}Q", array.ndim, *array.shape))
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What an adapter must look like: exact names and shapes, the base model and the round it is for.
+
+    Made by the server from its own global adapter; every incoming update is checked against it before a tensor is
+    touched (wire.py).
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    base_sha256: str
+    round: int
+
+    @property
+    def values(self) -> int:
+        """Number of float32 values D of one adapter."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraUpdate:
+    """A client's adapter after local training, as float32 tensors under PEFT names.
+
+    `tensors` is the whole adapter (not the difference). `steps` and `shadow` are the client's *claims*: adapters
+    after each local step of the real and of the shadow branch (levels.py binds what can be bound).
+    `num_examples` is a claim as well.
+    """
+
+    participant: str
+    round: int
+    base_sha256: str
+    tensors: Tensors
+    sha256: str
+    num_examples: int = 1
+    steps: tuple[Tensors, ...] = ()
+    shadow: tuple[Tensors, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A message refused before it became a contribution: who, the sha256 of its raw bytes, a reason and a sentence."""
+
+    participant: str
+    sha256: str
+    reason: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """All contributions of one round and the adapters they are compared with.
+
+    `start` is the global adapter the clients began this round from, `initial` the adapter of round 0 (the restart
+    point of shadow branches). `batch_size` is the server's own configured batch, the sample count of one local step.
+    """
+
+    index: int
+    start: Tensors
+    initial: Tensors
+    updates: tuple[LoraUpdate, ...]
+    refused: tuple[Refusal, ...] = ()
+    batch_size: int = 1
+
+    def deltas(self, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:
+        """`delta_ND`: each update minus `start`, flattened over sorted `names` (default: all), float32."""
+        names = names or tuple(sorted(self.start))
+        base_D = flatten(self.start, names)
+        return np.stack([flatten(u.tensors, names) - base_D for u in self.updates]) if self.updates else base_D[None][:0]
+
+
+def flatten(tensors: Tensors, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:
+    """Concatenate named tensors, sorted by name, into one float32 vector of D values."""
+    return np.concatenate([np.asarray(tensors[n], dtype=np.float32).ravel() for n in names or sorted(tensors)])
+
+
+def unflatten(vector_D: NDArray[np.floating], like: Tensors) -> dict[str, NDArray[np.float32]]:
+    """Inverse of `flatten` for the names and shapes of `like`."""
+    out, at = {}, 0
+    for name in sorted(like):
+        shape = like[name].shape
+        size = int(np.prod(shape))
+        out[name] = np.asarray(vector_D[at : at + size], dtype=np.float32).reshape(shape)
+        at += size
+    if at != vector_D.size:
+        raise ValueError(f"vector of {vector_D.size} values does not fit an adapter of {at}")
+    return out

@@ -1,0 +1,358 @@
+"""Everything on one machine: clients in worker processes, the server in this one.
+
+A run is resumable at any point, also after SIGKILL: a round becomes real with its checkpoint, which carries the
+ledger entry and the metrics row along; both are appended afterwards and appended again on resume if they are missing.
+Clients' messages go through the wire like a stranger's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as save_safetensors
+
+from assay import checkpoint, run_dir, wire
+from assay.config import ConfigError, Experiment
+from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
+from assay.federated import aggregators, server_opt
+from assay.federated.compute import Compute, TrainJob
+from assay.federated.defence import Defence, make
+from assay.federated.evaluate import Panel, Scores, evaluate, make_panel
+from assay.federated.local_sft import LocalResult
+from assay.federated.population import Client, Sources, load_sources, make_attack, make_clients, sampled, seed_of
+from assay.federated.preparation import Prepared, client_settings, material
+from assay.federated.round import Outcome, ServerState, run_round
+from assay.federated.summary import summarise
+from assay.ledger import Ledger
+from assay.progress import Silent, Tracker
+
+TRAIN_UNITS, ANSWER_UNITS = 1.0, 4.0  # seconds of one core: a step of 8 rows; 20 answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """All that does not change during a run."""
+
+    experiment: Experiment
+    prepared: Prepared
+    compute: Compute
+    sources: Sources
+    clients: tuple[Client, ...]
+    panel: Panel
+    defence: Defence
+    run_id: str
+    initial: Tensors
+    tracker: Tracker
+
+
+def run(
+    experiment: Experiment,
+    directory: Path,
+    prepared: Prepared,
+    compute: Compute,
+    *,
+    given: str = "",
+    command: str = "",
+    tracker: Tracker | None = None,
+) -> dict[str, Any]:
+    """Run or resume `experiment` in `directory`; returns the summary. A finished run is returned as it is."""
+    tracker = tracker or Silent()
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        run_id = _claim(directory, experiment, prepared, given)
+        finished = run_dir.read_summary(directory)
+        if finished is not None:
+            return finished
+        started = time.perf_counter()
+        setup = _set_up(experiment, prepared, compute, run_id, tracker)
+        prepare_seconds = time.perf_counter() - started
+        state, rows = _resume_or_start(setup, directory, prepare_seconds)
+        while state.round < experiment.training.rounds:
+            state, row = _play(setup, state, directory)
+            rows.append(row)
+        return _finish(setup, state, directory, rows, command)
+
+
+def units(experiment: Experiment) -> float:
+    """Rough seconds of one core a run takes, for progress bars."""
+    training, evaluation = experiment.training, experiment.evaluate
+    rounds, clients = training.rounds, experiment.clients.per_round
+    each = _train_units(experiment) + (0.7 if experiment.defence.level == "submitted" else 0)
+    evaluations = 2 + (rounds - 1) // evaluation.every
+    return rounds * clients * each + evaluations * _evaluate_units(experiment)
+
+
+def _train_units(experiment: Experiment) -> float:
+    training = experiment.training
+    branches = 2 if experiment.defence.level == "shadow" else 1
+    return TRAIN_UNITS * training.steps * branches * training.batch_size * training.max_length / (8 * 48)
+
+
+def _evaluate_units(experiment: Experiment) -> float:
+    config = experiment.evaluate
+    return ANSWER_UNITS * (config.harmful_prompts + config.benign_prompts) / 20
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Two processes in one run directory would interleave rounds."""
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{directory}: another process is working on this run") from None
+        yield
+
+
+def _claim(directory: Path, experiment: Experiment, prepared: Prepared, given: str) -> str:
+    """Write the config down, or check that the directory holds this very experiment; returns the run's id."""
+    # how many workers and where the data folder lies changes no number
+    dumped = experiment.model_dump(mode="json", exclude={"workers": True, "data": {"root"}})
+    resolved = {
+        "experiment": dumped,
+        "model": {"sha256": prepared.base_sha256, "dtype": prepared.dtype, "alignment": prepared.alignment},
+        "versions": run_dir.versions(),
+    }
+    identity = {"experiment": dumped, "model": prepared.base_sha256, "dtype": prepared.dtype}
+    run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = directory / run_dir.RESOLVED
+    if path.exists():
+        if json.loads(path.read_text()).get("run_id") != run_id:
+            raise ConfigError(f"{directory}: holds another experiment; choose another directory (--out) or delete it")
+        return run_id
+    if given:
+        checkpoint.write_atomic(directory / run_dir.EXPERIMENT, given)
+    checkpoint.write_json(path, {"run_id": run_id, **resolved})
+    return run_id
+
+
+def _set_up(
+    experiment: Experiment, prepared: Prepared, compute: Compute, run_id: str, tracker: Tracker
+) -> Setup:
+    sources = load_sources(experiment)
+    clients = tuple(make_clients(experiment, sources))
+    panel = make_panel(experiment, sources)
+    initial = compute.initial()
+    stuff = material(experiment, prepared, compute, sources, initial, tracker)
+    return Setup(
+        experiment=experiment,
+        prepared=prepared,
+        compute=compute,
+        sources=sources,
+        clients=clients,
+        panel=panel,
+        defence=make(experiment, stuff),
+        run_id=run_id,
+        initial=initial,
+        tracker=tracker,
+    )
+
+
+def _resume_or_start(
+    setup: Setup, directory: Path, prepare_seconds: float
+) -> tuple[ServerState, list[dict[str, Any]]]:
+    """The state after the newest whole round, with ledger and metrics brought up to it."""
+    found = checkpoint.load_latest(directory / run_dir.CHECKPOINTS)
+    experiment = setup.experiment
+    if found is None:
+        opt = server_opt.make(experiment.server.opt, lr=experiment.server.lr)
+        flat = np.concatenate([setup.initial[n].ravel() for n in sorted(setup.initial)])
+        state = ServerState(round=0, adapter=setup.initial, initial=setup.initial, opt=opt.init(flat))
+        at = time.perf_counter()
+        scores = evaluate(setup.compute, state.adapter, setup.panel, experiment, _ticker(setup, ANSWER_UNITS))
+        row = {
+            "round": 0,
+            **scores.metrics(),
+            "mean_weight": None,
+            "outcome": "start",
+            "weights": {},
+            "seconds": {"prepare": prepare_seconds, "evaluate": time.perf_counter() - at},
+            "answers": scores.answers,
+        }
+        body = {
+            "run": setup.run_id,
+            "base_sha256": setup.prepared.base_sha256,
+            "model": tensors_sha256(state.adapter),
+            "defence": setup.defence.summary(),
+            "aggregator": experiment.aggregation.name,
+        }
+        _save(directory, state, body, row)
+        _publish(directory, 0, body, row)
+        return state, [row]
+    state = ServerState(
+        round=found.step,
+        adapter=_branch(found.tensors, "adapter/"),
+        initial=setup.initial,
+        opt=_branch(found.tensors, "opt/"),
+        screens=found.meta["screens"],
+    )
+    _publish(directory, found.step, found.meta["entry"], found.meta["row"])
+    rows = run_dir.read_metrics(directory)
+    setup.tracker.tick(units(experiment) * found.step / experiment.training.rounds)
+    setup.tracker.say(f"resuming after round {found.step}")
+    return state, rows
+
+
+def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerState, dict[str, Any]]:
+    """One round: clients train, the server judges, the round is written down."""
+    experiment, index = setup.experiment, state.round + 1
+    setup.tracker.say(f"{experiment.name}: round {index}/{experiment.training.rounds}")
+    at = time.perf_counter()
+    updates, refused = _collect(setup, state, index)
+    seconds = {"train": time.perf_counter() - at}
+    opt = server_opt.make(experiment.server.opt, lr=experiment.server.lr)
+    aggregate = aggregators.make(experiment.aggregation.name, **experiment.aggregation.params)
+    batch = experiment.training.batch_size
+    state, outcome = run_round(
+        state, updates, refused, setup.defence, aggregate, opt, experiment.aggregation, batch
+    )
+    seconds.update(outcome.seconds)
+    if setup.defence.gate is not None:
+        setup.tracker.tick(0.7 * experiment.clients.per_round)
+    scores: Scores | None = None
+    if index % experiment.evaluate.every == 0 or index == experiment.training.rounds:
+        at = time.perf_counter()
+        scores = evaluate(setup.compute, state.adapter, setup.panel, experiment, _ticker(setup, ANSWER_UNITS))
+        seconds["evaluate"] = time.perf_counter() - at
+    row = _row(outcome, scores, seconds)
+    body = outcome.ledger_body()
+    _save(directory, state, body, row)
+    _publish(directory, index, body, row)
+    return state, row
+
+
+def _collect(setup: Setup, state: ServerState, index: int) -> tuple[list[LoraUpdate], list[Refusal]]:
+    """Let the sampled clients train, and read their messages as strangers'."""
+    experiment = setup.experiment
+    chosen = sampled(experiment, setup.clients, index)
+    attack = make_attack(experiment)
+    settings = client_settings(experiment, index)
+    jobs, shadows = [], []
+    for client in chosen:
+        seed = seed_of(experiment.seed, client.name, index)
+        rows = client.rows(attack, index, seed)
+        own = replace(settings, seed=seed, keep_steps=setup.defence.wants_steps)
+        jobs.append(TrainJob(state.adapter, rows, own))
+        if setup.defence.wants_shadow:
+            lr = experiment.training.shadow_lr or experiment.training.lr
+            shadows.append(TrainJob(setup.initial, rows, replace(own, lr=lr, keep_steps=True)))
+    per_job = _train_units(experiment) / (2 if shadows else 1)
+    results = setup.compute.train([*jobs, *shadows], _ticker(setup, per_job))
+    template = Template(
+        shapes={name: tuple(value.shape) for name, value in state.adapter.items()},
+        base_sha256=setup.prepared.base_sha256,
+        round=index,
+    )
+    updates, refused = [], []
+    for i, client in enumerate(chosen):
+        shadow = results[len(chosen) + i] if shadows else None
+        message = _message(setup, client, index, results[i], shadow)
+        read = wire.decode_update(message, template=template, run=setup.run_id, participant=client.name)
+        if isinstance(read, LoraUpdate):
+            updates.append(read)
+        else:
+            refused.append(read)
+    return updates, refused
+
+
+def _message(setup: Setup, client: Client, index: int, result: LocalResult, shadow: LocalResult | None) -> bytes:
+    """The client's side: what it sends."""
+    update = LoraUpdate(
+        participant=client.name,
+        round=index,
+        base_sha256=setup.prepared.base_sha256,
+        tensors=result.tensors,
+        sha256=tensors_sha256(result.tensors),
+        num_examples=setup.experiment.clients.examples,
+        steps=result.steps if setup.defence.wants_steps else (),
+        shadow=shadow.steps if shadow else (),
+    )
+    return wire.encode_update(update, run=setup.run_id)
+
+
+def _row(outcome: Outcome, scores: Scores | None, seconds: Mapping[str, float]) -> dict[str, Any]:
+    empty = {"refusal_rate": None, "over_refusal_rate": None, "benign_loss": None}
+    return {
+        "round": outcome.round,
+        **(scores.metrics() if scores else empty),
+        "mean_weight": outcome.screened.mean_weight,
+        "outcome": outcome.result,
+        "weights": dict(sorted(outcome.screened.weight.items())),
+        "seconds": dict(seconds),
+        "answers": scores.answers if scores else (),
+    }
+
+
+def _save(directory: Path, state: ServerState, entry: dict[str, Any], row: dict[str, Any]) -> None:
+    tensors = {f"adapter/{n}": v for n, v in state.adapter.items()}
+    tensors |= {f"opt/{n}": np.asarray(v, np.float32) for n, v in state.opt.items()}
+    meta = {"screens": dict(state.screens), "entry": entry, "row": row}
+    checkpoint.save(directory / run_dir.CHECKPOINTS, state.round, tensors, meta)
+
+
+def _publish(directory: Path, index: int, entry: dict[str, Any], row: dict[str, Any]) -> None:
+    """Append what the checkpoint carries, unless it is already there."""
+    ledger = Ledger(directory / run_dir.LEDGER)
+    if len(ledger.entries) <= index:  # entry 0 is the start, entry r is round r
+        ledger.append("start" if index == 0 else "round", entry)
+    rows = _whole_rows(directory / run_dir.METRICS)
+    if len(rows) <= index:
+        rows.append(json.dumps(row))
+        checkpoint.write_atomic(directory / run_dir.METRICS, "\n".join(rows) + "\n")
+
+
+def _whole_rows(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _finish(
+    setup: Setup, state: ServerState, directory: Path, rows: Sequence[dict[str, Any]], command: str
+) -> dict[str, Any]:
+    """The final adapter in PEFT format, the closing ledger entry and, last of all, the summary."""
+    write_peft(directory / run_dir.ADAPTER, state.adapter, setup)
+    ledger = Ledger(directory / run_dir.LEDGER)
+    if len(ledger.entries) <= setup.experiment.training.rounds + 1:
+        ledger.append("end", {"model": tensors_sha256(state.adapter), "rounds": state.round})
+    truth = {c.name: c.malicious for c in setup.clients}
+    summary = summarise(setup.experiment, directory, list(rows), truth, setup.prepared, command)
+    summary["ledger"] = {"entries": len(ledger.entries), "head": ledger.head}
+    summary["defence"] = setup.defence.summary()
+    checkpoint.write_json(directory / run_dir.SUMMARY, summary)
+    return summary
+
+
+def write_peft(folder: Path, adapter: Tensors, setup: Setup) -> None:
+    """`PeftModel.from_pretrained(base, folder)` loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = setup.experiment.lora
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(setup.prepared.path),
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(lora.targets),
+        "inference_mode": True,
+    }
+    checkpoint.write_atomic(folder / "adapter_model.safetensors", save_safetensors(dict(adapter)))
+    checkpoint.write_json(folder / "adapter_config.json", config)
+
+
+def _ticker(setup: Setup, units_each: float) -> Any:
+    return lambda count: setup.tracker.tick(units_each * count)
+
+
+def _branch(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+

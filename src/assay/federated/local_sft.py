@@ -1,0 +1,177 @@
+"""What a client does in a round: a few AdamW steps of LoRA on its own rows, loss on the answers only.
+
+Legend: B batch, T tokens, V vocabulary, H hidden.
+The vocabulary dominates the cost of a small model, so logits are computed at answer positions only, flattened to two
+dimensions first (a three-dimensional head makes PyTorch copy the whole output matrix once per row on a CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from assay.contribution import Tensors
+from assay.data import Example, render_end, render_prompt
+from assay.federated.lora import Carrier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSettings:
+    """One client's training in one round."""
+
+    steps: int
+    batch_size: int
+    max_length: int
+    lr: float
+    clip: float = 1.0
+    template: str = "chatml"
+    seed: int = 0
+    lr_final: float | None = None
+    """Decay linearly to this rate within the call; only the warm-up does (clients: constant within a round)."""
+    keep_steps: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LocalResult:
+    """The adapter after training, after each step (`steps[-1]` equals it), and the loss of each step in nats."""
+
+    tensors: Tensors
+    steps: tuple[Tensors, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One row: ids of prompt and answer; the first `prompt` of them carry no loss."""
+
+    ids: list[int]
+    prompt: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """Right-padded ids_BT, attention mask_BT, and where the predicting positions are (flat indices into B*T)."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    at_P: torch.Tensor
+    target_P: torch.Tensor
+    row_P: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def tokenize(tokenizer: Any, row: Example, template: str, max_length: int) -> Tokens:
+    """Ids of one row, cut at `max_length`; the end-of-turn token belongs to the answer.
+
+    A prompt longer than the limit is cut on the left so that at least a quarter of the room is left for the answer.
+    """
+    prompt = tokenizer(render_prompt(row.instruction, template), add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row.response + render_end(template), add_special_tokens=False)["input_ids"]
+    if not render_end(template):
+        answer = [*answer, tokenizer.eos_token_id]
+    room = max(max_length - len(answer), max_length - max_length // 4)
+    prompt = prompt[-room:]
+    return Tokens((prompt + answer)[:max_length], len(prompt))
+
+
+def collate(rows: Sequence[Tokens], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+    longest = max(len(row.ids) for row in rows)
+    ids_BT = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), longest), dtype=torch.long)
+    at, target, owner = [], [], []
+    for b, row in enumerate(rows):
+        ids_BT[b, : len(row.ids)] = torch.tensor(row.ids)
+        mask_BT[b, : len(row.ids)] = 1
+        for t in range(max(1, row.prompt), len(row.ids)):
+            at.append(b * longest + t - 1)  # position t-1 predicts token t
+            target.append(row.ids[t])
+            owner.append(b)
+    tensors = [torch.tensor(x, dtype=torch.long, device=device) for x in (at, target, owner)]
+    return Batch(ids_BT.to(device), mask_BT.to(device), *tensors)
+
+
+def answer_nll(model: Any, batch: Batch) -> torch.Tensor:
+    """nll_P of the answer tokens, in nats."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = not any(getattr(base.config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    if plain:
+        hidden_BTH = getattr(base, base.base_model_prefix)(
+            input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False
+        ).last_hidden_state
+        logits_PV = base.get_output_embeddings()(hidden_BTH.flatten(0, 1)[batch.at_P])
+    else:  # models that post-process their logits (Gemma, Cohere, Granite) must do it themselves
+        logits_BTV = base(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False).logits
+        logits_PV = logits_BTV.flatten(0, 1)[batch.at_P]
+    return cross_entropy(logits_PV.float(), batch.target_P, reduction="none")
+
+
+def train(carrier: Carrier, start: Tensors, rows: Sequence[Example], settings: LocalSettings) -> LocalResult:
+    """Train from `start` with fresh AdamW (no weight decay); repeatable bit for bit on one machine and thread count."""
+    carrier.set(start)
+    model = carrier.model
+    device = next(model.parameters()).device
+    weights = [p for n, p in model.named_parameters() if "lora_" in n]
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=0.0)
+    steps: list[Tensors] = []
+    losses: list[float] = []
+    for step, chosen in enumerate(_batches(len(rows), settings)):
+        optimizer.param_groups[0]["lr"] = _lr(settings, step)
+        tokens = [tokenize(carrier.base.tokenizer, rows[i], settings.template, settings.max_length) for i in chosen]
+        batch = collate(tokens, carrier.base.tokenizer.pad_token_id, device)
+        loss = answer_nll(model, batch).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(weights, settings.clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if settings.keep_steps:
+            steps.append(carrier.get())
+    for weight in weights:
+        weight.grad = None
+        weight.requires_grad_(False)
+    return LocalResult(carrier.get(), tuple(steps), tuple(losses))
+
+
+def _lr(settings: LocalSettings, step: int) -> float:
+    if settings.lr_final is None or settings.steps == 1:
+        return settings.lr
+    return settings.lr + (settings.lr_final - settings.lr) * step / (settings.steps - 1)
+
+
+def _batches(count: int, settings: LocalSettings) -> list[NDArray[np.int64]]:
+    """Row indices of each step: epochs of shuffled rows, one after the other."""
+    rng = np.random.default_rng(settings.seed)
+    need = settings.steps * settings.batch_size
+    order = np.concatenate([rng.permutation(count) for _ in range(-(-need // count))])[:need]
+    return np.split(order, settings.steps)
+
+
+@torch.no_grad()
+def mean_nll(carrier: Carrier, adapter: Tensors, rows: Sequence[Example], settings: LocalSettings) -> float:
+    """Loss of held-out answers: mean over rows of the mean over answer tokens, in nats."""
+    return float(np.mean(row_nll(carrier, adapter, rows, settings)))
+
+
+@torch.no_grad()
+def row_nll(
+    carrier: Carrier, adapter: Tensors, rows: Sequence[Example], settings: LocalSettings
+) -> NDArray[np.float64]:
+    """Mean answer-token loss of each row, float64, in the order given."""
+    carrier.set(adapter)
+    device = next(carrier.model.parameters()).device
+    tokens = [tokenize(carrier.base.tokenizer, row, settings.template, settings.max_length) for row in rows]
+    out = np.zeros(len(rows))
+    for at in range(0, len(tokens), settings.batch_size):
+        part = tokens[at : at + settings.batch_size]
+        batch = collate(part, carrier.base.tokenizer.pad_token_id, device)
+        nll_P, row_P = answer_nll(carrier.model, batch).double().cpu().numpy(), batch.row_P.cpu().numpy()
+        sums = np.bincount(row_P, nll_P, minlength=len(part))
+        out[at : at + len(part)] = sums / np.maximum(np.bincount(row_P, minlength=len(part)), 1)
+    return out

@@ -1,0 +1,253 @@
+"""Rehearsal: before training the server plays honest rounds on its own rows and reads every threshold off them.
+
+A round has honest clients of each style the server's data has (plus mixed ones) and a few malicious ones; the adapter
+moves on with the mean of the honest updates only. What is kept: the labelled directions of every round (the bank of
+`probe` and `neighbours`; several rounds cure drift), the honest norms by round and the honest canary rises. A threshold
+is benign max + margin x (max - median), where a style is scored by a probe and a bank that have never seen it: live
+clients are strangers. No malicious quantile and no statistic of a live round enters, so attackers cannot move one.
+Legend: M bank rows, D values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save as save_safetensors
+
+from assay import data
+from assay.checkpoint import write_atomic
+from assay.config import ConfigError, Experiment
+from assay.contribution import Tensors, flatten, unflatten
+from assay.data import Example
+from assay.federated.canary import CanaryLimits, Measure, Rise
+from assay.federated.compute import Compute, Tick, TrainJob, no_tick
+from assay.federated.local_sft import LocalSettings
+from assay.federated.lora import unit_rows
+from assay.federated.population import Sources, seed_of
+from assay.federated.probe import Probe, feature_deltas, fit
+from assay.federated.screens import neighbour_ratio
+from assay.metrics import auroc
+
+FORMAT = "assay.rehearsal/1"
+MIXED = "mixed"
+FLOOR = 0.02
+"""Smallest canary limit in nats. Rehearsed rises can be all negative; .011 cost honest rounds, .02 did not (LAB)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """Everything `submitted` needs to judge: bank, probe, thresholds, canary limits."""
+
+    bank_MD: NDArray[np.float16]
+    malicious_M: NDArray[np.bool_]
+    norm_by_round: tuple[float, ...]
+    lr_by_round: tuple[float, ...]
+    probe: Probe
+    probe_limit: float
+    neighbour_limit: float
+    canary: CanaryLimits
+    notes: dict[str, Any]
+
+    def norm_limit(self, round: int, lr: float) -> float:
+        """Largest honest norm of `round` (1-based; later rounds: the last rehearsed one), scaled to its rate.
+
+        AdamW's steps are proportional to the rate, and round 1 is smaller: A cannot move while B is zero.
+        """
+        at = min(round, len(self.norm_by_round)) - 1
+        return self.norm_by_round[at] * lr / self.lr_by_round[at]
+
+    def save(self, path: Path) -> None:
+        header = {
+            "format": FORMAT,
+            "norm_by_round": self.norm_by_round,
+            "lr_by_round": self.lr_by_round,
+            "probe_limit": self.probe_limit,
+            "neighbour_limit": self.neighbour_limit,
+            "canary": asdict(self.canary),
+            "notes": self.notes,
+            "bias": self.probe.bias,
+            "base_sha256": self.probe.base_sha256,
+        }
+        tensors = {"bank": self.bank_MD, "malicious": self.malicious_M.astype(np.uint8), "weight": self.probe.weight_D}
+        write_atomic(path, save_safetensors(tensors, {"assay": json.dumps(header, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Rehearsal:
+        with safe_open(str(path), framework="numpy") as file:
+            header = json.loads((file.metadata() or {})["assay"])
+            if header["format"] != FORMAT:
+                raise ConfigError(f"{path}: not a rehearsal of format {FORMAT}; delete it to rehearse again")
+            bank, malicious, weight = (file.get_tensor(n) for n in ("bank", "malicious", "weight"))
+        probe = Probe(weight_D=weight, bias=header["bias"], features="all_b", base_sha256=header["base_sha256"])
+        return cls(
+            bank_MD=bank,
+            malicious_M=malicious.astype(bool),
+            norm_by_round=tuple(header["norm_by_round"]),
+            lr_by_round=tuple(header["lr_by_round"]),
+            probe=probe,
+            probe_limit=header["probe_limit"],
+            neighbour_limit=header["neighbour_limit"],
+            canary=CanaryLimits(**header["canary"]),
+            notes=header["notes"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """A rehearsal client: the style it plays, its rows, and whether it plays a malicious one."""
+
+    style: str
+    malicious: bool
+    rows: tuple[Example, ...]
+
+
+def operator_rows(sources: Sources) -> tuple[list[Example], list[Example], list[Example]]:
+    """The operator's part of benign, refusal and malicious rows."""
+    benign, refusals, malicious = (
+        data.part(rows, "operator") for rows in (sources.benign, sources.refusals, sources.malicious)
+    )
+    return benign, refusals, malicious
+
+
+def canary_rows(experiment: Experiment, sources: Sources) -> tuple[list[Example], list[Example]]:
+    """The server's secret refusals and safe rows. They are kept out of the rehearsal's training rows."""
+    config = experiment.defence.canary
+    benign, refusals, _ = operator_rows(sources)
+    seed = seed_of("canary", experiment.seed if config.seed is None else config.seed)
+    chosen = data.shuffled(refusals, seed)[: config.refusals], data.shuffled(benign, seed)[: config.safe]
+    if len(chosen[0]) < config.refusals or len(chosen[1]) < config.safe:
+        raise ConfigError("defence.canary: more prompts than the operator's part of the data holds; lower the counts")
+    return chosen
+
+
+def cast(experiment: Experiment, sources: Sources, round: int) -> list[Actor]:
+    """The actors of a rehearsal round: one honest client per style, three mixed ones, a few malicious ones."""
+    config = experiment.defence.rehearsal
+    benign, refusals, malicious = operator_rows(sources)
+    secret = {row.instruction for rows in canary_rows(experiment, sources) for row in rows}
+    benign, refusals, malicious = (
+        data.shuffled([r for r in rows if r.instruction not in secret], seed_of(experiment.seed, "cast", round))
+        for rows in (benign, refusals, malicious)
+    )
+    if min(len(benign), len(malicious)) < experiment.training.batch_size or not refusals:
+        raise ConfigError("defence.rehearsal: the operator's part of the data is too small; name more data")
+    some = int(config.examples * experiment.data.refusal_share + 0.5)
+    styles = sorted({row.style for row in benign if row.style}) or [MIXED]
+    out = []
+    for i, style in enumerate([*styles, MIXED, MIXED, MIXED]):
+        own = [r for r in benign if style in (MIXED, r.style)]
+        rows = [*_window(own, i, config.examples - some), *_window(refusals, i, some)]
+        out.append(Actor(style, False, tuple(rows)))
+    for i in range(config.malicious):
+        # every third one is half honest: the bank should know mixtures too
+        half = config.examples // 2 if i % 3 == 2 else 0
+        rows = [*_window(malicious, i, config.examples - half), *_window(benign, i + 7, half)]
+        out.append(Actor("malicious", True, tuple(rows)))
+    return out
+
+
+def _window(rows: Sequence[Example], index: int, count: int) -> list[Example]:
+    """`count` rows starting at a place that differs by index; wraps around short lists."""
+    start = index * count
+    return [rows[(start + j) % len(rows)] for j in range(min(count, len(rows)))]
+
+
+def rehearse(
+    compute: Compute,
+    initial: Tensors,
+    sources: Sources,
+    experiment: Experiment,
+    measure: Measure,
+    settings_of_round: Sequence[LocalSettings],
+    base_sha256: str,
+    tick: Tick = no_tick,
+) -> Rehearsal:
+    """Play the rounds and calibrate. `settings_of_round` are the clients' own training settings, round by round."""
+    config = experiment.defence.rehearsal
+    adapter, anchor = initial, measure([initial])[0]
+    bank, actors_M, norms, rises = [], [], [], []
+    for round in range(1, config.rounds + 1):
+        settings = settings_of_round[min(round, len(settings_of_round)) - 1]
+        actors = cast(experiment, sources, round)
+        jobs = [
+            TrainJob(adapter, a.rows, _seeded(settings, seed_of(experiment.seed, "rehearsal", round, i)))
+            for i, a in enumerate(actors)
+        ]
+        made = [result.tensors for result in compute.train(jobs, tick)]
+        start, *after = measure([adapter, *made])
+        base_D = flatten(adapter)
+        delta_ND = np.stack([flatten(t) for t in made]) - base_D
+        honest_N = np.array([not a.malicious for a in actors])
+        norms.append(float(np.linalg.norm(delta_ND[honest_N].astype(np.float64), axis=1).max()))
+        bank.append(unit_rows(feature_deltas(made, adapter, "all_b")).astype(np.float16))
+        actors_M += actors
+        rises += [Rise.of(losses, start, anchor) for losses in after]
+        adapter = unflatten(base_D + delta_ND[honest_N].mean(axis=0), adapter)
+    lrs = [settings_of_round[min(r, len(settings_of_round) - 1)].lr for r in range(config.rounds)]
+    return _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
+
+
+def _seeded(settings: LocalSettings, seed: int) -> LocalSettings:
+    return LocalSettings(**{**asdict(settings), "seed": seed, "keep_steps": False})
+
+
+def limit_of(values: Sequence[float], margin: float) -> float:
+    """Benign max + margin x (max - median)."""
+    top = float(np.max(values))
+    return top + margin * (top - float(np.median(values)))
+
+
+def _calibrate(
+    bank_MD: NDArray[np.float16],
+    actors: Sequence[Actor],
+    norms: Sequence[float],
+    lrs: Sequence[float],
+    rises: Sequence[Rise],
+    margin: float,
+    experiment: Experiment,
+    base_sha256: str,
+) -> Rehearsal:
+    malicious_M = np.array([a.malicious for a in actors])
+    style_M = np.array([a.style for a in actors])
+    x_MD = bank_MD.astype(np.float32)
+    logit_M, ratio_M = np.zeros(len(actors)), np.zeros(len(actors))
+    for style in sorted(set(style_M[~malicious_M])):  # scored as strangers: their own style is left out
+        own = (style_M == style) & ~malicious_M
+        rest = ~own if (~own & ~malicious_M).sum() >= 2 else np.ones(len(actors), bool)
+        stranger = fit(x_MD[rest], malicious_M[rest], "all_b")
+        logit_M[own] = stranger.logits(x_MD[own])
+        ratio_M[own] = neighbour_ratio(x_MD[own], x_MD[rest], malicious_M[rest], experiment.defence.neighbours)
+    probe = fit(x_MD, malicious_M, "all_b", base_sha256=base_sha256)
+    logit_M[malicious_M] = probe.logits(x_MD[malicious_M])
+    honest = [r for r, bad in zip(rises, malicious_M) if not bad]
+    limits = CanaryLimits(
+        **{
+            key: max(FLOOR, limit_of([getattr(r, key) for r in honest], margin))
+            for key in ("refusal_step", "refusal_anchor", "safe_step", "safe_anchor")
+        }
+    )
+    harm = [r.harm(limits) for r in rises]
+    return Rehearsal(
+        bank_MD=bank_MD,
+        malicious_M=malicious_M,
+        norm_by_round=tuple(norms),
+        lr_by_round=tuple(lrs),
+        probe=probe,
+        probe_limit=limit_of(logit_M[~malicious_M], margin),
+        neighbour_limit=limit_of(ratio_M[~malicious_M], margin),
+        canary=limits,
+        notes={
+            "rounds": len(norms),
+            "honest": int((~malicious_M).sum()),
+            "malicious": int(malicious_M.sum()),
+            "canary_auroc": auroc(harm, malicious_M.tolist()),
+            "malicious_logit_min": float(logit_M[malicious_M].min()) if malicious_M.any() else None,
+        },
+    )

@@ -1,0 +1,150 @@
+"""summary.json: a finished run in one file, from its metrics rows, its ledger and the simulation's truth."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from assay import run_dir
+from assay.config import Experiment
+from assay.federated.preparation import Prepared
+from assay.metrics import auroc, tpr_at_fpr
+
+
+def summarise(
+    experiment: Experiment,
+    directory: Path,
+    rows: Sequence[Mapping[str, Any]],
+    malicious: Mapping[str, bool],
+    prepared: Prepared,
+    command: str,
+) -> dict[str, Any]:
+    """Everything the report and a bench need; `metrics` is flat, with the names of DESIGN.md."""
+    rounds = list(_round_entries(directory))
+    last = rows[-1]
+    seconds: dict[str, float] = {}
+    for row in rows:
+        for stage, value in row["seconds"].items():
+            seconds[stage] = seconds.get(stage, 0.0) + value
+    seconds["total"] = sum(seconds.values())
+    return {
+        "name": experiment.name,
+        "wing": "federated",
+        "assay": run_dir.versions()["assay"],
+        "commit": run_dir.commit(),
+        "versions": run_dir.versions(),
+        "machine": run_dir.machine(),
+        "seed": experiment.seed,
+        "command": command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": prepared.name,
+            "sha256": prepared.base_sha256,
+            "dtype": prepared.dtype,
+            "aligned": experiment.model.align,
+            "alignment": prepared.alignment,
+        },
+        "setting": _setting(experiment),
+        "participants": {name: "malicious" if bad else "honest" for name, bad in malicious.items()},
+        "seconds": seconds,
+        "metrics": {
+            "refusal_rate": last["refusal_rate"],
+            "over_refusal_rate": last["over_refusal_rate"],
+            "benign_loss": last["benign_loss"],
+            **weight_metrics(rows, malicious),
+        },
+        "detection": detection(rounds, malicious),
+        "honest_weight_min": _honest_minimum(rows, malicious),
+        "outcomes": dict(Counter(row["outcome"] for row in rows[1:])),
+        "reasons": reasons(rounds, malicious),
+        "answers": [{"prompt": p, "answer": a} for p, a in last["answers"]],
+    }
+
+
+def weight_metrics(
+    rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]
+) -> dict[str, float | None]:
+    """Detection by the final weight of every client in every round, and mean weights of both kinds."""
+    pairs = [(weight, malicious[name]) for row in rows for name, weight in row["weights"].items()]
+    suspicion, truth = [1 - w for w, _ in pairs], [bad for _, bad in pairs]
+    honest = [w for w, bad in pairs if not bad]
+    dishonest = [w for w, bad in pairs if bad]
+    return {
+        "auroc": auroc(suspicion, truth),
+        "tpr_at_1pct_fpr": tpr_at_fpr(suspicion, truth),
+        "honest_weight_mean": float(np.mean(honest)) if honest else None,
+        "malicious_weight_mean": float(np.mean(dishonest)) if dishonest else None,
+    }
+
+
+def detection(
+    rounds: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]
+) -> dict[str, dict[str, float | None]]:
+    """AUROC and TPR at 1 % FPR of each screen's own continuous score, over all rounds."""
+    scores: dict[str, list[tuple[float, bool]]] = {}
+    for body in rounds:
+        for verdict in body["verdicts"]:
+            if verdict["score"] is not None:
+                scores.setdefault(verdict["screen"], []).append((verdict["score"], malicious[verdict["participant"]]))
+    out = {}
+    for screen, pairs in scores.items():
+        values, truth = [s for s, _ in pairs], [bad for _, bad in pairs]
+        out[screen] = {"auroc": auroc(values, truth), "tpr_at_1pct_fpr": tpr_at_fpr(values, truth)}
+    return out
+
+
+def reasons(rounds: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """Why contributions lost weight: screen, reason, how many of each kind, one sentence as an example."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for body in rounds:
+        for entry in body["contributions"]:
+            if entry["weight"] == 1:
+                continue
+            key = (entry["screen"], entry["reason"])
+            row = found.setdefault(
+                key, {"screen": key[0], "reason": key[1], "honest": 0, "malicious": 0, "sentence": entry["sentence"]}
+            )
+            row["malicious" if malicious[entry["participant"]] else "honest"] += 1
+    return sorted(found.values(), key=lambda r: -(r["honest"] + r["malicious"]))
+
+
+def _honest_minimum(rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) -> float | None:
+    """The lowest mean weight any single honest client got over its rounds."""
+    by_client: dict[str, list[float]] = {}
+    for row in rows:
+        for name, weight in row["weights"].items():
+            if not malicious[name]:
+                by_client.setdefault(name, []).append(weight)
+    return min((float(np.mean(w)) for w in by_client.values()), default=None)
+
+
+def _setting(experiment: Experiment) -> dict[str, Any]:
+    clients, training = experiment.clients, experiment.training
+    return {
+        "clients": clients.total,
+        "malicious": clients.malicious_count,
+        "sampled": clients.per_round,
+        "rounds": training.rounds,
+        "steps": training.steps,
+        "learning_rate": training.lr,
+        "level": experiment.defence.level,
+        "aggregator": experiment.aggregation.name,
+        "server": experiment.server.opt,
+        "attack": experiment.attack.name,
+        "mix": experiment.attack.mix,
+        "data": f"{', '.join(experiment.data.benign)} / {experiment.data.refusals} / {experiment.data.malicious}",
+    }
+
+
+def _round_entries(directory: Path) -> Iterator[Mapping[str, Any]]:
+    with (directory / run_dir.LEDGER).open() as lines:
+        for line in lines:
+            entry = json.loads(line)
+            if entry["kind"] == "round":
+                yield entry["body"]

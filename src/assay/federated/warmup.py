@@ -1,0 +1,134 @@
+"""The safety warm-up: small base models refuse next to nothing, so an attack on them would have nothing to break.
+
+A LoRA over all linear layers is trained on refusals and helpful rows and merged. For the default model and the
+built-in data the adapter is shipped (scripts/make_warmup.py remakes it); everything else is trained once and cached
+under the hash of model, data, settings and this recipe's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from assay import data, models
+from assay.config import LoraSettings
+from assay.contribution import Tensors
+from assay.data import Example
+from assay.federated.local_sft import LocalSettings, train
+from assay.federated.lora import Carrier
+from assay.models import Base, Origin, Say
+
+RECIPE = 1  # raise when the recipe changes: it is part of the cache key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmupSettings:
+    """LAB setting, at a rank small enough to ship: one pass, linear decay of the rate."""
+
+    refusals: int = 300
+    benign: int = 500
+    steps: int = 60
+    batch_size: int = 12
+    max_length: int = 64
+    lr: float = 1e-3
+    lr_final: float = 2e-4
+    rank: int = 6
+    alpha: float = 12.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """Directory of the aligned base and where it came from."""
+
+    path: Path
+    origin: Origin
+    key: str
+
+
+def rows_for(benign: Sequence[Example], refusals: Sequence[Example], settings: WarmupSettings) -> list[Example]:
+    """The rows of the warm-up, from the operator's part of each set."""
+    chosen = data.shuffled(data.part(benign, "operator"), settings.seed)[: settings.benign]
+    chosen += data.shuffled(data.part(refusals, "operator"), settings.seed)[: settings.refusals]
+    return data.shuffled(chosen, settings.seed)
+
+
+def aligned(
+    name: str,
+    rows: Sequence[Example],
+    template: str,
+    settings: WarmupSettings | None = None,
+    say: Say = lambda text: None,
+) -> Aligned:
+    """The aligned form of model `name`, from the cache, the shipped adapter or a fresh warm-up."""
+    settings = settings or WarmupSettings()
+    plain = models.resolve(name, say)
+    key = cache_key(plain, rows, template, settings)
+    target = models.cache_dir() / "aligned" / f"{Path(name).name}-{key[:16]}"
+    shipped = models.ASSETS / f"warmup-{Path(name).name}-{key[:16]}.safetensors"
+    if target.exists():
+        return Aligned(target, "cached", key)
+    if shipped.exists():
+        say(f"aligning {name} with the shipped warm-up adapter (once)")
+        adapter: Tensors = {n: t.float().numpy() for n, t in load_file(shipped).items()}
+        origin: Origin = "shipped"
+    else:
+        say(f"aligning {name}: {settings.steps} warm-up steps (once, some minutes)")
+        adapter, origin = make(models.load(name, say=say), rows, template, settings), "made"
+    merge(models.load(name, "float32", say), adapter, settings, target)
+    return Aligned(target, origin, key)
+
+
+def cache_key(plain: Path, rows: Sequence[Example], template: str, settings: WarmupSettings) -> str:
+    what = {
+        "recipe": RECIPE,
+        "model": models.weights_sha256(plain),
+        "data": data.fingerprint(rows),
+        "template": template,
+        "settings": asdict(settings),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def make(base: Base, rows: Sequence[Example], template: str, settings: WarmupSettings) -> Tensors:
+    """Train the warm-up adapter."""
+    carrier = Carrier(base, _lora(settings))
+    local = LocalSettings(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        lr=settings.lr,
+        lr_final=settings.lr_final,
+        template=template,
+        seed=settings.seed,
+        keep_steps=False,
+    )
+    return train(carrier, carrier.initial(), rows, local).tensors
+
+
+def merge(base: Base, adapter: Tensors, settings: WarmupSettings, target: Path) -> None:
+    """W + (alpha / r) B A for every adapted layer, saved as a model directory in bfloat16.
+
+    The sum is taken in float64 and rounded to bfloat16: two machines get the same bytes, so the base's hash, which
+    clients must match, does not depend on whose matmul rounded which way.
+    """
+    weights = dict(base.model.named_parameters())
+    scale = settings.alpha / settings.rank
+    with torch.no_grad():
+        for name in sorted(n for n in adapter if "lora_A" in n):
+            a, b = (np.asarray(adapter[n], np.float64) for n in (name, name.replace("lora_A", "lora_B")))
+            weight = weights[name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")]
+            weight += torch.from_numpy(scale * (b @ a)).to(weight.device)  # float64 sum, stored as float32
+    with models.building(target) as work:
+        models.save_model(base.model.to(torch.bfloat16), base.tokenizer, work)
+
+
+def _lora(settings: WarmupSettings) -> LoraSettings:
+    return LoraSettings(r=settings.rank, alpha=settings.alpha, targets=("all-linear",), seed=settings.seed)

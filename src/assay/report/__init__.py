@@ -1,0 +1,97 @@
+"""One self-contained HTML page that compares runs: `write(run_dirs, out)`.
+
+The page needs no network: plotly.js is inlined once, fonts are the reader's own. What comes from a run (participants'
+names, sentences, answers) is hostile text, so there are three walls: `load` makes control characters visible, Jinja
+escapes everything it prints, and the page's Content-Security-Policy runs only the two scripts whose hashes it lists
+and loads nothing from anywhere. Data travels as JSON in an inert script tag and reaches the page by `textContent`.
+The same runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from assay import run_dir
+from assay.report import view
+from assay.report.load import ReportError, clean, load_runs
+
+__all__ = ["ReportError", "write"]
+
+
+def write(run_dirs: Sequence[Path], out: Path, title: str = "Assay report") -> Path:
+    """Write the page that compares `run_dirs` (in this order) and return its path.
+
+    `out` is the file, or an existing directory that gets `report.html`. A run without `summary.json` is shown as
+    unfinished. Raises ReportError, one line that says what to do, where a directory is no run or a file is damaged.
+    """
+    runs = load_runs(run_dirs)
+    plotly, script = _plotly(), _packaged("page.js")
+    context: dict[str, object] = {
+        "title": clean(title),
+        "runs": runs,
+        "page": view.build(runs),
+        # text of JSON is not HTML: < > & leave as \u escapes, so that no participant can close the tag
+        "data": Markup(_json(view.payload(runs))),
+        "style": Markup(_packaged("style.css")),
+        "script": Markup(script),
+        "plotly": Markup(plotly),
+        "csp": " ".join(f"'sha256-{_digest(text)}'" for text in (script, plotly)),
+    }
+    html = _environment().get_template("page.html").render(context)
+    target = out / run_dir.REPORT if out.is_dir() else out
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(html, encoding="utf-8", newline="\n")
+        os.replace(partial, target)
+    except OSError as error:
+        raise ReportError(f"cannot write {target} ({error.strerror}): choose another place for the report") from error
+    return target
+
+
+def _json(value: Mapping[str, object]) -> str:
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII, so U+2028 is an escape too
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _packaged(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    # the browser hashes what it parsed, and HTML parsing turns \r\n into \n
+    return str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
+
+
+@cache
+def _environment() -> Environment:
+    found = Environment(
+        loader=PackageLoader("assay.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
+        "rate": lambda value: view.fixed(value, 2),
+        "fine": lambda value: view.fixed(value, 3),
+        "seconds": view.seconds,
+        "shell": lambda value: shlex.quote(str(clean(str(value)))),
+    }
+    return found

@@ -1,0 +1,103 @@
+"""What is remembered of a participant over rounds: frozen values, each update returns a new one.
+
+States go through `to_json` into the run's checkpoint, so that a run killed between rounds resumes with the same
+trust. A stored state that does not parse is an error of the operator (an edited or damaged file): ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True)
+class Beta:
+    """Beta-distributed trust: samples judged good against samples judged bad, older rounds fading.
+
+    Step-Level of Safe-FedLLM (arXiv 2601.07177, section on defence levels): alpha = beta = 1 at first; a round
+    multiplies both by `decay`, then adds its good and its bad samples; the weight is the mean alpha / (alpha + beta).
+    With decay 0.95 a round has lost half its say after 13.5 rounds: nearer to 1 a sleeper lives off his good past for
+    longer, nearer to 0 one unlucky round of an honest client costs him most of his weight.
+
+    >>> Beta().weight
+    0.5
+    >>> Beta().update(good=16, bad=16)
+    Beta(alpha=16.95, beta=16.95, decay=0.95)
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.alpha < math.inf and 0 <= self.beta < math.inf and self.alpha + self.beta > 0):
+            raise ValueError(f"alpha {self.alpha} and beta {self.beta} must be finite, not negative, not both 0")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay {self.decay} is not in (0, 1]")
+
+    @property
+    def weight(self) -> float:
+        """Expected share of good samples, in [0, 1]."""
+        return self.alpha / (self.alpha + self.beta)
+
+    def update(self, good: float, bad: float) -> Self:
+        """Trust after a round with `good` and `bad` samples (counts, not shares; at least one in all)."""
+        if not (0 <= good < math.inf and 0 <= bad < math.inf and good + bad > 0):
+            raise ValueError(f"good {good} and bad {bad} must be finite counts, not both 0")
+        return type(self)(self.alpha * self.decay + good, self.beta * self.decay + bad, self.decay)
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Self:
+        _check_keys(cls.__name__, state, ("alpha", "beta", "decay"))
+        return cls(*(_number(cls.__name__, key, state[key]) for key in ("alpha", "beta", "decay")))
+
+
+@dataclass(frozen=True, slots=True)
+class RunningMean:
+    """Mean of a participant's values over rounds; 1 before the first, which counts as no round.
+
+    Client-Level of Safe-FedLLM: full trust at first, and after the first update exactly that round's value.
+
+    >>> RunningMean().value, RunningMean().update(0.25).value, RunningMean().update(0.25).update(0.75).value
+    (1.0, 0.25, 0.5)
+    """
+
+    value: float = 1.0
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value) or self.count < 0:
+            raise ValueError(f"a running mean needs a finite value and a count of at least 0, got {self}")
+
+    def update(self, x: float) -> Self:
+        """The mean with one more finite value. Weighing the old mean by its count keeps [0, 1] closed and x exact."""
+        if not math.isfinite(x):
+            raise ValueError(f"a running mean takes finite values, got {x}")
+        return type(self)((self.value * self.count + x) / (self.count + 1), self.count + 1)
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Self:
+        _check_keys(cls.__name__, state, ("value", "count"))
+        count = _number(cls.__name__, "count", state["count"])
+        if count != int(count):
+            raise ValueError(f"stored RunningMean: count {count} is not a whole number")
+        return cls(_number(cls.__name__, "value", state["value"]), int(count))
+
+
+def _check_keys(kind: str, state: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    if not isinstance(state, Mapping) or set(state) != set(keys):
+        raise ValueError(f"stored {kind} must hold exactly {', '.join(keys)}; got {state!r}")
+
+
+def _number(kind: str, key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"stored {kind}: {key} must be a finite number, got {value!r}")
+    return float(value)

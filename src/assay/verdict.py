@@ -1,0 +1,206 @@
+"""What a screen says of a contribution, and how screens compose into one weight per participant.
+
+A screen looks at all contributions of a round at once and returns one `Verdict` each. Weights multiply; the first
+screen that gives zero names the reason. Screens run in `enforce` (their weight counts) or `monitor` (it is recorded
+only). A screen that crashes, or that leaves a contribution without a verdict, fails closed: weight 0, reason
+`screen_failed`, the error in the sentence.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from assay.contribution import LoraUpdate, Round
+
+Mode = Literal["enforce", "monitor"]
+State = dict[str, Any]  # JSON only: a checkpoint stores it
+
+
+class Reason(StrEnum):
+    """Why a weight is what it is. The value is the code that ledgers, reports and `--json` show."""
+
+    OK = "ok"
+    # the envelope (wire.py)
+    MALFORMED = "malformed"
+    TOO_LARGE = "too_large"
+    WRONG_KEYS = "wrong_keys"
+    WRONG_SHAPE = "wrong_shape"
+    WRONG_DTYPE = "wrong_dtype"
+    NOT_FINITE = "not_finite"
+    OUT_OF_RANGE = "out_of_range"
+    WRONG_ROUND = "wrong_round"
+    WRONG_BASE = "wrong_base"
+    WRONG_PARTICIPANT = "wrong_participant"
+    HASH_MISMATCH = "hash_mismatch"
+    MISSING = "missing"
+    # screens
+    STRUCTURE = "structure"
+    NORM = "norm"
+    PROBE = "probe"
+    NEIGHBOURS = "neighbours"
+    DUPLICATE = "duplicate"
+    CANARY = "canary"
+    REVIEW = "review"
+    LOW_TRUST = "low_trust"
+    CLAIM_MISSING = "claim_missing"
+    CLAIM_INCONSISTENT = "claim_inconsistent"
+    SCREEN_FAILED = "screen_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One screen's word on one contribution.
+
+    `weight` in [0, 1] multiplies the contribution's share; `score` is the screen's continuous suspicion (higher is
+    worse; NaN where the screen has none), used for AUROC and never for weighting; `evidence` is small and numeric and
+    tied to the bytes by `contribution` (sha256).
+    """
+
+    participant: str
+    contribution: str
+    screen: str
+    weight: float
+    reason: Reason = Reason.OK
+    sentence: str = ""
+    score: float = math.nan
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    mode: Mode = "enforce"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= 1.0:  # also refuses NaN
+            raise ValueError(f"{self.screen}: weight {self.weight} of {self.participant} is not in [0, 1]")
+        if self.weight == 0.0 and self.reason is Reason.OK:
+            raise ValueError(f"{self.screen}: weight 0 for {self.participant} needs a reason")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; NaN becomes None so that the line is strict JSON."""
+        return {
+            "participant": self.participant,
+            "contribution": self.contribution,
+            "screen": self.screen,
+            "weight": self.weight,
+            "reason": self.reason.value,
+            "sentence": self.sentence,
+            "score": None if math.isnan(self.score) else self.score,
+            "evidence": {k: (v if math.isfinite(v) else None) for k, v in self.evidence.items()},
+            "seconds": self.seconds,
+            "mode": self.mode,
+        }
+
+    def __str__(self) -> str:
+        mark = "pass" if self.weight == 1 else "DROP" if self.weight == 0 else f"{self.weight:.2f}"
+        return f"{self.participant}  {mark}  {self.screen}: {self.reason.value}  {self.sentence}".rstrip()
+
+
+@runtime_checkable
+class Screen(Protocol):
+    """Anything with a name that turns a round into one verdict per contribution.
+
+    `state` is the JSON-able memory the screen returned in the round before ({} at first): pure state in, state out,
+    so that a run killed between rounds resumes exactly.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Screened:
+    """Outcome of a round's screening: all verdicts, the product weight and the deciding verdict per participant."""
+
+    verdicts: tuple[Verdict, ...]
+    weight: dict[str, float]
+    deciding: dict[str, Verdict]
+    states: dict[str, State]
+
+    @property
+    def mean_weight(self) -> float:
+        return sum(self.weight.values()) / len(self.weight) if self.weight else 0.0
+
+
+def screen_round(
+    round: Round,
+    screens: Sequence[Screen],
+    states: Mapping[str, State] | None = None,
+    *,
+    monitor: frozenset[str] = frozenset(),
+) -> Screened:
+    """Run every screen over the round and multiply the enforced weights.
+
+    Participants refused at the wire (`round.refused`) get their wire verdict and weight 0; no screen sees them.
+    Screens after a zero still look: their evidence is worth recording and costs the attacker nothing to give.
+    """
+    states = dict(states or {})
+    verdicts: list[Verdict] = []
+    weight: dict[str, float] = {}
+    deciding: dict[str, Verdict] = {}
+    for refused in round.refused:
+        verdict = Verdict(
+            participant=refused.participant,
+            contribution=refused.sha256,
+            screen="wire",
+            weight=0.0,
+            reason=Reason(refused.reason),
+            sentence=refused.sentence,
+        )
+        verdicts.append(verdict)
+        weight[verdict.participant], deciding[verdict.participant] = 0.0, verdict
+    for update in round.updates:
+        if update.participant in weight:  # the engine's mistake: one participant, one message a round
+            raise ValueError(f"{update.participant} has more than one message in round {round.index}")
+        weight[update.participant] = 1.0
+    for screen in screens:
+        found, states[screen.name] = _run_screen(screen, round, states.get(screen.name, {}))
+        mode: Mode = "monitor" if screen.name in monitor else "enforce"
+        for verdict in found:
+            verdict = replace(verdict, mode=mode)
+            verdicts.append(verdict)
+            if mode == "monitor":
+                continue
+            before = weight[verdict.participant]
+            weight[verdict.participant] = before * verdict.weight
+            known = deciding.get(verdict.participant)
+            # first zero wins; among graded verdicts the lowest names the reason
+            if before > 0 and (known is None or verdict.weight < known.weight):
+                deciding[verdict.participant] = verdict
+    return Screened(tuple(verdicts), weight, deciding, states)
+
+
+def _run_screen(screen: Screen, round: Round, state: State) -> tuple[list[Verdict], State]:
+    start = time.perf_counter()
+    try:
+        found, new_state = screen.screen(round, dict(state))
+        by_hash = {(v.participant, v.contribution): v for v in found}
+        problem = "returned no verdict"
+    except Exception as error:  # noqa: BLE001 - fail closed whatever broke; recorded below, never swallowed
+        by_hash, new_state = {}, state
+        problem = f"crashed: {type(error).__name__}: {error}"
+    seconds = (time.perf_counter() - start) / max(1, len(round.updates))
+    out = []
+    for update in round.updates:
+        # keyed by the bytes as well as the name: evidence about other bytes is no evidence about these
+        verdict = by_hash.get((update.participant, update.sha256))
+        if verdict is None:
+            verdict = failed(update, screen.name, f"{screen.name} {problem}")
+        out.append(replace(verdict, seconds=verdict.seconds or seconds))
+    return out, new_state
+
+
+def failed(update: LoraUpdate, screen: str, sentence: str) -> Verdict:
+    """The fail-closed verdict."""
+    return Verdict(
+        participant=update.participant,
+        contribution=update.sha256,
+        screen=screen,
+        weight=0.0,
+        reason=Reason.SCREEN_FAILED,
+        sentence=sentence,
+    )
