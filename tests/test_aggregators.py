@@ -344,10 +344,12 @@ def test_krum_cannot_be_blinded_by_far_rows(where: float) -> None:
     np.testing.assert_array_equal(make("krum", f=4)(delta_ND, np.ones(11)), delta_ND[winner])
 
 
-def test_krum_ties_hold_against_rounding() -> None:
-    # five shifts of one vector: distances depend on the shift only, so all scores are equal, but for float64 rounding
-    values = np.random.default_rng(0).standard_normal(5)
-    circulant = np.stack([np.roll(values, shift) for shift in range(5)]).astype(np.float32)
+@pytest.mark.parametrize("seed", range(8))
+def test_krum_ties_hold_against_rounding(seed: int) -> None:
+    # five shifts of every group of five columns: distances depend on the shift only, so all scores are equal, but for
+    # the rounding of their sums over 1,000 columns
+    values = np.random.default_rng(seed).standard_normal((200, 5))
+    circulant = np.stack([np.roll(values, shift, axis=1).ravel() for shift in range(5)]).astype(np.float32)
     np.testing.assert_array_equal(make("krum", f=1)(circulant, np.ones(5)), circulant[circulant[:, 0].argmin()])
 
 

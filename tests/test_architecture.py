@@ -82,7 +82,9 @@ def test_attacks_never_import_screens() -> None:
 def test_nothing_unpickles_or_evaluates(path: Path) -> None:
     text = path.read_text()
     code = ast.unparse(ast.parse(text))
-    assert not re.search(r"\b(cPickle|cloudpickle|dill|marshal|shelve)\b|import pickle|torch\.load\b|allow_pickle=True", code)
+    assert not re.search(
+        r"\b(cPickle|cloudpickle|dill|marshal|shelve)\b|import pickle|torch\.load\b|allow_pickle=True", code
+    )
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in {"eval", "exec", "compile", "__import__"}, f"{path}:{node.lineno}"

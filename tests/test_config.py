@@ -53,7 +53,7 @@ def test_changed_is_checked_and_leaves_the_original() -> None:
     base = Experiment()
     assert base.changed(defence__level="step").defence.level == "step"
     assert base.defence.level == "submitted"
-    with pytest.raises(ConfigError, match="training.rounds"):
+    with pytest.raises(ConfigError, match=r"training\.rounds"):
         base.changed(training__rounds=0)
     with pytest.raises(ConfigError, match="unknown key"):
         base.changed(training__ruonds=3)

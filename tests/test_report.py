@@ -239,7 +239,7 @@ def test_hostile_names_are_inert(tmp_path: Path, name: str) -> None:
     assert not any(attr.startswith("on") for _, attributes in page.elements for attr in attributes)
     assert all((a.get("href") or "#").startswith("#") for _, a in page.elements)
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00]", page.source)
-    assert len(page.data["weights"][0]["clients"]) == 10 + (name == BIDI)  # that ledger cannot spell the surrogate
+    assert len(page.data["weights"][0]["clients"]) == 10 + 2 * (name == BIDI)  # the ledger spells surrogates "?"
     if name == HOSTILE:
         assert HOSTILE in page.data["weights"][0]["clients"]
         assert HOSTILE in page.text
@@ -415,6 +415,13 @@ def test_charts_are_drawn_in_a_browser(tmp_path: Path) -> None:
     assert not re.search(r"<a[^>]*evil", body)
     assert not re.search(r"<img|xlink:href=\"http", body)
     assert _values(shot) > 100
+    # a client that is opened gets its rounds, still as text
+    opened = tmp_path / "opened.html"
+    opened.write_text(page.read_text(encoding="utf-8").replace("<details data-client", "<details open data-client"), "utf-8")
+    dom = browse(opened, tmp_path, "--dump-dom")
+    assert 'data-assay="ready"' in dom[:500]
+    assert hashlib.sha256(b"30").hexdigest()[:12] in dom.split('<script type="application/json"')[0]
+    assert dom.count('<td class="number">0.40</td>') == 2  # in the list of detection, and here
 
 
 def _values(shot: Path) -> int:

@@ -28,12 +28,17 @@ app = typer.Typer(
 ledger_app = typer.Typer(help="The hash-chained record of a run.", no_args_is_help=True)
 model_app = typer.Typer(help="Base models Assay knows by name.", no_args_is_help=True)
 probe_app = typer.Typer(help="Probes on LoRA updates.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(probe_app, name="probe")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that relative data paths of the config start from.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one key: --set defence.level=step (may be repeated).")
+]
 
 
 def main() -> None:
@@ -65,7 +70,9 @@ def show(value: Any, as_json: bool, text: str = "") -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Where the run directories and report.html go.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    model: Annotated[str, typer.Option(help="Base model: smollm2-135m, tiny, a directory or a hub id.")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Option(help="Base model: smollm2-135m, tiny, a directory or a hub id.")
+    ] = "smollm2-135m",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete earlier demo runs in --out first.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -74,9 +81,10 @@ def demo(
     Four runs of 10 clients and 6 rounds: honest only; attacked; attacked with `submitted`; with the paper's step level.
     Interrupted, it goes on where it stopped.
     """
-    from assay import demo as demos
+    from assay.bench.federated import variants
+    from assay.config import parse
 
-    experiments = demos.federated(seed, model)
+    experiments = variants(parse({"seed": seed, "model": {"name": model}}))
     if fresh:
         for experiment in experiments:
             if (out / experiment.name / "resolved.json").exists():
@@ -94,12 +102,11 @@ def run(
     file: Annotated[Path, typer.Argument(help="Experiment in TOML.")],
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
     data_root: DataRoot = None,
+    settings: Set = None,
     as_json: Json = False,
 ) -> None:
     """Run one experiment; resumes where it stopped."""
-    from assay import config
-
-    experiment = config.load(file, data_root=data_root)
+    experiment = _experiment(file, data_root, settings)
     directory = out or Path("runs") / experiment.name
     summary = _run_all([experiment], directory.parent, {experiment.name: directory}, given=file.read_text())
     _write_report([directory], directory / "report.html")
@@ -119,6 +126,38 @@ def report(
     found = [d for given in directories for d in _runs_in(given)]
     page = _write_report(found, out or directories[0] / "report.html")
     show({"report": str(page), "runs": [str(d) for d in found]}, as_json, str(page))
+
+
+@bench_app.command("federated")
+def bench_federated(
+    config_file: Annotated[Path | None, typer.Option("--config", help="Base experiment; default: the demo's.")] = None,
+    levels: Annotated[str, typer.Option(help="Levels to try, separated by commas.")] = "submitted,step,client,shadow",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    out: Annotated[Path, typer.Option(help="Folder of the run directories.")] = Path("runs/bench"),
+    results: Annotated[Path | None, typer.Option(help="JSON file to write the rows to.")] = None,
+    data_root: DataRoot = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Honest only, undefended and every level, for every seed: rows of attack, defence, share, seed and metrics."""
+    from assay.bench import federated
+    from assay.checkpoint import write_json
+
+    base = _experiment(config_file, data_root, settings)
+    wanted = [level.strip() for level in levels.split(",") if level.strip()]
+    if not (numbers := [s.strip() for s in seeds.split(",")]) or not all(n.isdigit() for n in numbers):
+        raise ConfigError(f"--seeds: {seeds!r} is not a list of whole numbers such as 0,1,2")
+    experiments = federated.suite(base, wanted, [int(n) for n in numbers])
+    summaries = _run_all(experiments, out)
+    found = federated.results(shlex.join(["assay", *sys.argv[1:]]), base, experiments, summaries)
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        write_json(results, found)
+    page = _write_report([out / e.name for e in experiments], out / "report.html")
+    show(found, as_json)
+    if not as_json:
+        _print_table(list(summaries.values()))
+        print(f"report: {page}")
 
 
 @ledger_app.command("verify")
@@ -196,7 +235,9 @@ def probe_fit(
 @probe_app.command("eval")
 def probe_eval(
     probe_file: Annotated[Path, typer.Argument(help="Probe file.")],
-    config_file: Annotated[Path | None, typer.Option("--config", help="Experiment whose clients it is tried on.")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="Experiment whose clients it is tried on.")
+    ] = None,
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
@@ -222,10 +263,14 @@ def probe_eval(
     show({"probe": str(probe_file), "clients": len(clients), **quality}, as_json, json.dumps(quality))
 
 
-def _experiment(file: Path | None, data_root: Path | None) -> Experiment:
+def _experiment(file: Path | None, data_root: Path | None, settings: list[str] | None = None) -> Experiment:
+    """The experiment of a file (default: the demo's setting) with `--set` changes applied."""
     from assay import config
 
-    return config.load(file, data_root=data_root) if file else config.Experiment()
+    experiment = config.load(file, data_root=data_root) if file else config.Experiment()
+    for setting in settings or []:
+        experiment = config.assign(experiment, setting)
+    return experiment
 
 
 @contextmanager
@@ -288,20 +333,20 @@ def _write_report(directories: list[Path], out: Path) -> Path:
 
 
 def _print_table(summaries: list[dict[str, Any]]) -> None:
-    table = Table(title=None)
+    table = Table(caption="over = over-refusal; w = mean weight given to honest and to malicious clients", box=None)
     columns = {
         "run": None,
         "refusal": "refusal_rate",
-        "over-refusal": "over_refusal_rate",
-        "benign loss": "benign_loss",
+        "over": "over_refusal_rate",
+        "loss": "benign_loss",
         "AUROC": "auroc",
-        "TPR@1%FPR": "tpr_at_1pct_fpr",
-        "weight honest": "honest_weight_mean",
-        "weight malicious": "malicious_weight_mean",
+        "TPR@1%": "tpr_at_1pct_fpr",
+        "w honest": "honest_weight_mean",
+        "w malic.": "malicious_weight_mean",
     }
     for name in columns:
-        table.add_column(name, justify="left" if name == "run" else "right")
-    table.add_column("seconds", justify="right")
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
+    table.add_column("s", justify="right")
     for summary in summaries:
         values = [summary["metrics"].get(key) for key in list(columns.values())[1:]]
         cells = ["-" if v is None else f"{v:.3f}" for v in values]

@@ -56,7 +56,7 @@ class DataConfig(_Frozen):
     """Where rows come from: built-in names, JSON-lines files (relative to `root`) or named hub sets (data.py)."""
 
     benign: tuple[str, ...] = ("helpful",)
-    refusals: str = "refusals"
+    refusals: tuple[str, ...] = ("refusals",)
     malicious: str = "harmful-stub"
     harmful_prompts: str = "refusals"
     """Only the instructions are used, and only of the held-out part where the set also feeds training."""
@@ -140,7 +140,7 @@ class DefenceConfig(_Frozen):
     monitor: tuple[str, ...] = ()
     probe: str | None = None
     """Probe file for step, client, shadow; None = the one for this model, fitted (and cached) where none is shipped."""
-    threshold: Share = 0.8
+    threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     score_rounds: Count | None = None
     """Paper: step and client score the first 20 rounds only; None = every round."""
     min_mean_weight: Share = 0.2
@@ -217,6 +217,31 @@ class Experiment(_Frozen):
                 at = at[part]
             at[last] = value
         return parse(values)
+
+
+def assign(experiment: Experiment, setting: str) -> Experiment:
+    """A copy with one key changed by text, as `--set` gives it: `defence.level=step`, `training.lr=5e-4`.
+
+    The value is read as TOML where it is TOML, else as a string.
+    """
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {setting!r}: write key=value, for example defence.level=step")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    values = experiment.model_dump()
+    *path, last = key.strip().split(".")
+    at: Any = values
+    for part in path:
+        at = at.get(part) if isinstance(at, dict) else None
+    if not isinstance(at, dict):
+        raise ConfigError(
+            f"{key.strip()}: unknown key; tables are {', '.join(k for k, v in values.items() if isinstance(v, dict))}"
+        )
+    at[last] = value
+    return parse(values)
 
 
 def parse(values: dict[str, Any]) -> Experiment:

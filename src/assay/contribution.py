@@ -104,7 +104,9 @@ class Round:
         """`delta_ND`: each update minus `start`, flattened over sorted `names` (default: all), float32."""
         names = names or tuple(sorted(self.start))
         base_D = flatten(self.start, names)
-        return np.stack([flatten(u.tensors, names) - base_D for u in self.updates]) if self.updates else base_D[None][:0]
+        return (
+            np.stack([flatten(u.tensors, names) - base_D for u in self.updates]) if self.updates else base_D[None][:0]
+        )
 
 
 def flatten(tensors: Tensors, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from assay import builtin
 from assay.config import ConfigError
 
 BUILTIN = ("helpful", "refusals", "harmful-stub")
@@ -45,6 +44,8 @@ def load(source: str, *, limit: int | None = None) -> list[Example]:
     True
     """
     if source in BUILTIN:
+        from assay import builtin  # tens of thousands of words: read only when asked for
+
         rows: Iterable[Example] = (Example(*row) for row in builtin.rows(source))
     elif source.endswith(".jsonl"):
         rows = _read_jsonl(Path(source))
@@ -52,7 +53,7 @@ def load(source: str, *, limit: int | None = None) -> list[Example]:
         rows = _load_hub(source)
     else:
         raise DataError(f"unknown data {source!r}; give a .jsonl file or one of {', '.join((*BUILTIN, *HUB))}")
-    out = []
+    out: list[Example] = []
     for row in rows:
         if limit is not None and len(out) >= limit:
             break
@@ -104,7 +105,12 @@ def lmsys_rows(rows: Iterable[Row]) -> Iterator[Example]:
     for row in rows:
         turns = row["conversation"]
         flagged = any(m.get("flagged") for m in row.get("openai_moderation") or [])
-        if row.get("language") == "English" and row.get("turn", len(turns) // 2) == 1 and len(turns) == 2 and not flagged:
+        if (
+            row.get("language") == "English"
+            and row.get("turn", len(turns) // 2) == 1
+            and len(turns) == 2
+            and not flagged
+        ):
             yield Example(turns[0]["content"], turns[1]["content"], "chat")
 
 
@@ -113,7 +119,12 @@ def wildchat_rows(rows: Iterable[Row]) -> Iterator[Example]:
     for row in rows:
         turns = row["conversation"]
         flagged = row.get("toxic") or any(m.get("flagged") for m in row.get("openai_moderation") or [])
-        if row.get("language") == "English" and row.get("turn", len(turns) // 2) == 1 and len(turns) == 2 and not flagged:
+        if (
+            row.get("language") == "English"
+            and row.get("turn", len(turns) // 2) == 1
+            and len(turns) == 2
+            and not flagged
+        ):
             yield Example(turns[0]["content"], turns[1]["content"], "chat")
 
 

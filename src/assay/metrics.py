@@ -34,9 +34,7 @@ def tpr_at_fpr(score_N: Sequence[float], malicious_N: Sequence[bool], fpr: float
     return float((bad > threshold).mean())
 
 
-def _classes(
-    score_N: Sequence[float], malicious_N: Sequence[bool]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _classes(score_N: Sequence[float], malicious_N: Sequence[bool]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     score, truth = np.asarray(score_N, float), np.asarray(malicious_N, bool)
     keep = np.isfinite(score)
     return score[keep & truth], score[keep & ~truth]

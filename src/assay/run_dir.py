@@ -1,9 +1,9 @@
 """What a run directory holds, and where the run was made.
 
-    experiment.toml   the config as it was given            resolved.json   the config as it was understood, versions
-    ledger.jsonl      hash-chained record of every round    metrics.jsonl   one row per round, row 0 before training
-    checkpoints/      state to resume from                  adapter/        the final adapter in PEFT format
-    summary.json      written last: a run without it is not finished
+experiment.toml   the config as it was given            resolved.json   the config as it was understood, versions
+ledger.jsonl      hash-chained record of every round    metrics.jsonl   one row per round, row 0 before training
+checkpoints/      state to resume from                  adapter/        the final adapter in PEFT format
+summary.json      written last: a run without it is not finished
 """
 
 from __future__ import annotations

@@ -135,9 +135,7 @@ def _claim(directory: Path, experiment: Experiment, prepared: Prepared, given: s
     return run_id
 
 
-def _set_up(
-    experiment: Experiment, prepared: Prepared, compute: Compute, run_id: str, tracker: Tracker
-) -> Setup:
+def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id: str, tracker: Tracker) -> Setup:
     sources = load_sources(experiment)
     clients = tuple(make_clients(experiment, sources))
     panel = make_panel(experiment, sources)
@@ -157,9 +155,7 @@ def _set_up(
     )
 
 
-def _resume_or_start(
-    setup: Setup, directory: Path, prepare_seconds: float
-) -> tuple[ServerState, list[dict[str, Any]]]:
+def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> tuple[ServerState, list[dict[str, Any]]]:
     """The state after the newest whole round, with ledger and metrics brought up to it."""
     found = checkpoint.load_latest(directory / run_dir.CHECKPOINTS)
     experiment = setup.experiment
@@ -212,9 +208,7 @@ def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerStat
     opt = server_opt.make(experiment.server.opt, lr=experiment.server.lr)
     aggregate = aggregators.make(experiment.aggregation.name, **experiment.aggregation.params)
     batch = experiment.training.batch_size
-    state, outcome = run_round(
-        state, updates, refused, setup.defence, aggregate, opt, experiment.aggregation, batch
-    )
+    state, outcome = run_round(state, updates, refused, setup.defence, aggregate, opt, experiment.aggregation, batch)
     seconds.update(outcome.seconds)
     if setup.defence.gate is not None:
         setup.tracker.tick(0.7 * experiment.clients.per_round)
@@ -355,4 +349,3 @@ def _ticker(setup: Setup, units_each: float) -> Any:
 
 def _branch(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-

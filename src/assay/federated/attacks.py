@@ -33,9 +33,7 @@ class HarmfulData:
     mix: float = 1.0
     from_round: int = 1
 
-    def rows(
-        self, clean: Sequence[Example], harmful: Sequence[Example], round: int, seed: int
-    ) -> tuple[Example, ...]:
+    def rows(self, clean: Sequence[Example], harmful: Sequence[Example], round: int, seed: int) -> tuple[Example, ...]:
         if round < self.from_round:
             return tuple(clean)
         total = min(len(clean), len(harmful)) if 0 < self.mix < 1 else max(len(clean), len(harmful))

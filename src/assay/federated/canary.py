@@ -166,5 +166,7 @@ class Gate:
             sentence = f"refusals cost {rise.refusal_step:+.3f} nats with the aggregate applied"
             return GateResult(False, sentence, evidence)
         if waste > 1:
-            return GateResult(False, f"safe answers cost {rise.safe_step:+.3f} nats with the aggregate applied", evidence)
+            return GateResult(
+                False, f"safe answers cost {rise.safe_step:+.3f} nats with the aggregate applied", evidence
+            )
         return GateResult(True, "", evidence)

@@ -89,9 +89,7 @@ class Serial:
 
 
 @torch.no_grad()
-def answers(
-    carrier: Carrier, adapter: Tensors, prompts: Sequence[str], template: str, new_tokens: int
-) -> list[str]:
+def answers(carrier: Carrier, adapter: Tensors, prompts: Sequence[str], template: str, new_tokens: int) -> list[str]:
     """Greedy answers, special tokens removed, in batches of `ANSWER_BATCH` prompts as they stand."""
     carrier.set(adapter)
     tokenizer, model = carrier.base.tokenizer, carrier.model

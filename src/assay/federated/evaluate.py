@@ -32,9 +32,14 @@ def make_panel(experiment: Experiment, sources: Sources) -> Panel:
     held = data.shuffled(data.part(sources.benign, "heldout"), seed)
     harmful = data.shuffled(sources.held_prompts, seed)
     need = max(config.benign_prompts, config.benign_rows)
-    for have, want, what in ((len(harmful), config.harmful_prompts, "harmful prompts"), (len(held), need, "benign rows")):
+    for have, want, what in (
+        (len(harmful), config.harmful_prompts, "harmful prompts"),
+        (len(held), need, "benign rows"),
+    ):
         if have < want:
-            raise ConfigError(f"evaluate: {want} held-out {what} wanted, the data has {have}; lower it or name more data")
+            raise ConfigError(
+                f"evaluate: {want} held-out {what} wanted, the data has {have}; lower it or name more data"
+            )
     return Panel(
         tuple(e.instruction for e in harmful[: config.harmful_prompts]),
         tuple(e.instruction for e in held[: config.benign_prompts]),
@@ -69,9 +74,7 @@ class Scores:
         }
 
 
-def evaluate(
-    compute: Compute, adapter: Tensors, panel: Panel, experiment: Experiment, tick: Tick = no_tick
-) -> Scores:
+def evaluate(compute: Compute, adapter: Tensors, panel: Panel, experiment: Experiment, tick: Tick = no_tick) -> Scores:
     """Answer both prompt sets greedily and take the loss on the held-out rows."""
     config, template = experiment.evaluate, experiment.model.template
     answers = compute.answers(adapter, [*panel.harmful, *panel.benign], template, config.new_tokens, tick)

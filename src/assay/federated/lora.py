@@ -42,6 +42,11 @@ class Carrier:
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()  # fp32 adapter on a bf16 base
+        # generate() hands the head a strided slice, for which PyTorch copies the whole output matrix once per row on
+        # a CPU: a contiguous one makes writing answers three times faster and changes no value
+        head = self.model.get_base_model().get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
 
     def get(self) -> dict[str, NDArray[np.float32]]:
         """The adapter now, under PEFT's state-dict names."""

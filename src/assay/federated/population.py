@@ -42,13 +42,16 @@ def load_sources(experiment: Experiment) -> Sources:
     config = experiment.data
 
     def read(source: str) -> list[Example]:
-        return data.load(source if source in BUILTIN or not source.endswith(".jsonl") else str(Path(config.root) / source))
+        return data.load(
+            source if source in BUILTIN or not source.endswith(".jsonl") else str(Path(config.root) / source)
+        )
 
     benign = [row for source in config.benign for row in read(source)]
+    refusals = [row for source in config.refusals for row in read(source)]
     prompts = read(config.harmful_prompts)
-    if config.harmful_prompts in (config.refusals, config.malicious):
+    if config.harmful_prompts in (*config.refusals, config.malicious):
         prompts = data.part(prompts, "heldout")
-    return Sources(tuple(benign), tuple(read(config.refusals)), tuple(read(config.malicious)), tuple(prompts))
+    return Sources(tuple(benign), tuple(refusals), tuple(read(config.malicious)), tuple(prompts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class Prepared:
     path: Path
     base_sha256: str
     dtype: str
-    alignment: dict[str, Any]
+    alignment: str
 
 
 def prepare(experiment: Experiment, tracker: Tracker) -> Prepared:
@@ -46,7 +46,7 @@ def prepare(experiment: Experiment, tracker: Tracker) -> Prepared:
     if not config.align:
         path = models.resolve(config.name, tracker.say)
         return Prepared(
-            name=config.name, path=path, base_sha256=models.weights_sha256(path), dtype=dtype, alignment={"origin": "none"}
+            name=config.name, path=path, base_sha256=models.weights_sha256(path), dtype=dtype, alignment="none"
         )  # fmt: skip
     made = align(experiment, tracker)
     return Prepared(
@@ -54,7 +54,7 @@ def prepare(experiment: Experiment, tracker: Tracker) -> Prepared:
         path=made.path,
         base_sha256=models.weights_sha256(made.path),
         dtype=dtype,
-        alignment={"origin": made.origin, "key": made.key[:16]},
+        alignment=f"{made.origin} warm-up {made.key[:16]}",
     )
 
 
@@ -120,7 +120,9 @@ def get_probe(
     if experiment.defence.probe is not None:
         probe = Probe.load(experiment.defence.probe)
         if probe.base_sha256 and probe.base_sha256 != prepared.base_sha256:
-            raise ConfigError(f"{experiment.defence.probe}: fitted on another base model; fit one with `assay probe fit`")
+            raise ConfigError(
+                f"{experiment.defence.probe}: fitted on another base model; fit one with `assay probe fit`"
+            )
         return probe
     key = probe_key(experiment, prepared, sources)
     shipped = models.ASSETS / f"probe-{Path(prepared.name).name}-{key[:16]}.safetensors"
@@ -175,7 +177,14 @@ def get_rehearsal(
     tracker.add(float(steps * jobs))
     settings = [client_settings(experiment, r) for r in range(1, config.rounds + 1)]
     made = rehearse(
-        compute, initial, sources, experiment, measure, settings, prepared.base_sha256, lambda n: tracker.tick(n * steps)
+        compute,
+        initial,
+        sources,
+        experiment,
+        measure,
+        settings,
+        prepared.base_sha256,
+        lambda n: tracker.tick(n * steps),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     made.save(path)
@@ -200,9 +209,7 @@ def rehearsal_key(experiment: Experiment, prepared: Prepared, sources: Sources) 
     return _key("rehearsal", experiment, prepared, sources, rehearsed)
 
 
-def _key(
-    kind: str, experiment: Experiment, prepared: Prepared, sources: Sources, more: dict[str, Any]
-) -> str:
+def _key(kind: str, experiment: Experiment, prepared: Prepared, sources: Sources, more: dict[str, Any]) -> str:
     training = experiment.training.model_dump(exclude={"rounds", "shadow_lr"})
     what = {
         "kind": kind,
@@ -220,5 +227,3 @@ def _key(
 
 def _fields(settings: LocalSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-
-

@@ -39,6 +39,9 @@ FORMAT = "assay.rehearsal/1"
 MIXED = "mixed"
 FLOOR = 0.02
 """Smallest canary limit in nats. Rehearsed rises can be all negative; .011 cost honest rounds, .02 did not (LAB)."""
+PROBE_FLOOR, NEIGHBOUR_FLOOR = 0.0, 1.0
+"""An update that the probe finds more likely benign, or that lies nearer to benign ones, is never refused by a filter:
+rehearsal on narrow data must not turn strangers away, and the canary looks at them all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +106,7 @@ class Rehearsal:
 class Actor:
     """A rehearsal client: the style it plays, its rows, and whether it plays a malicious one."""
 
+    slot: int
     style: str
     malicious: bool
     rows: tuple[Example, ...]
@@ -144,12 +148,12 @@ def cast(experiment: Experiment, sources: Sources, round: int) -> list[Actor]:
     for i, style in enumerate([*styles, MIXED, MIXED, MIXED]):
         own = [r for r in benign if style in (MIXED, r.style)]
         rows = [*_window(own, i, config.examples - some), *_window(refusals, i, some)]
-        out.append(Actor(style, False, tuple(rows)))
+        out.append(Actor(i, style, False, tuple(rows)))
     for i in range(config.malicious):
         # every third one is half honest: the bank should know mixtures too
         half = config.examples // 2 if i % 3 == 2 else 0
         rows = [*_window(malicious, i, config.examples - half), *_window(benign, i + 7, half)]
-        out.append(Actor("malicious", True, tuple(rows)))
+        out.append(Actor(-1 - i, "malicious", True, tuple(rows)))
     return out
 
 
@@ -215,12 +219,12 @@ def _calibrate(
     base_sha256: str,
 ) -> Rehearsal:
     malicious_M = np.array([a.malicious for a in actors])
-    style_M = np.array([a.style for a in actors])
+    slot_M = np.array([a.slot for a in actors])
     x_MD = bank_MD.astype(np.float32)
     logit_M, ratio_M = np.zeros(len(actors)), np.zeros(len(actors))
-    for style in sorted(set(style_M[~malicious_M])):  # scored as strangers: their own style is left out
-        own = (style_M == style) & ~malicious_M
-        rest = ~own if (~own & ~malicious_M).sum() >= 2 else np.ones(len(actors), bool)
+    for slot in sorted(set(slot_M[~malicious_M])):  # scored as strangers: what their own slot played is left out
+        own = slot_M == slot
+        rest = ~own
         stranger = fit(x_MD[rest], malicious_M[rest], "all_b")
         logit_M[own] = stranger.logits(x_MD[own])
         ratio_M[own] = neighbour_ratio(x_MD[own], x_MD[rest], malicious_M[rest], experiment.defence.neighbours)
@@ -240,8 +244,8 @@ def _calibrate(
         norm_by_round=tuple(norms),
         lr_by_round=tuple(lrs),
         probe=probe,
-        probe_limit=limit_of(logit_M[~malicious_M], margin),
-        neighbour_limit=limit_of(ratio_M[~malicious_M], margin),
+        probe_limit=max(PROBE_FLOOR, limit_of(logit_M[~malicious_M], margin)),
+        neighbour_limit=max(NEIGHBOUR_FLOOR, limit_of(ratio_M[~malicious_M], margin)),
         canary=limits,
         notes={
             "rounds": len(norms),

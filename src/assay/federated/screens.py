@@ -121,7 +121,9 @@ class ProbeFilter:
         x_ND = feature_deltas([u.tensors for u in round.updates], round.start, self.probe.features)
         out = []
         for update, logit in zip(round.updates, self.probe.logits(x_ND)):
-            sentence = f"probe logit {logit:.2f} is above {self.limit:.2f}, the most that honest rehearsal clients explain"
+            sentence = (
+                f"probe logit {logit:.2f} is above {self.limit:.2f}, the most that honest rehearsal clients explain"
+            )
             weight = float(logit <= self.limit)
             out.append(_say(update, self.name, weight, Reason.PROBE, sentence, logit - self.limit, logit=logit))
         return out, state

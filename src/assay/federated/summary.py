@@ -67,9 +67,7 @@ def summarise(
     }
 
 
-def weight_metrics(
-    rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]
-) -> dict[str, float | None]:
+def weight_metrics(rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) -> dict[str, float | None]:
     """Detection by the final weight of every client in every round, and mean weights of both kinds."""
     pairs = [(weight, malicious[name]) for row in rows for name, weight in row["weights"].items()]
     suspicion, truth = [1 - w for w, _ in pairs], [bad for _, bad in pairs]
@@ -83,9 +81,7 @@ def weight_metrics(
     }
 
 
-def detection(
-    rounds: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]
-) -> dict[str, dict[str, float | None]]:
+def detection(rounds: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) -> dict[str, dict[str, float | None]]:
     """AUROC and TPR at 1 % FPR of each screen's own continuous score, over all rounds."""
     scores: dict[str, list[tuple[float, bool]]] = {}
     for body in rounds:
@@ -138,7 +134,7 @@ def _setting(experiment: Experiment) -> dict[str, Any]:
         "server": experiment.server.opt,
         "attack": experiment.attack.name,
         "mix": experiment.attack.mix,
-        "data": f"{', '.join(experiment.data.benign)} / {experiment.data.refusals} / {experiment.data.malicious}",
+        "data": f"{', '.join(experiment.data.benign)} / {', '.join(experiment.data.refusals)} / {experiment.data.malicious}",
     }
 
 

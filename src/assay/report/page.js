@@ -42,6 +42,8 @@
         if (short > 0) { placed[i].at += short / 2; placed[i - 1].at -= short / 2; }
       }
     }
+    // all of them stay inside the plot: a pile-up at the bottom grows upwards
+    for (let i = placed.length - 1, most = inner; i >= 0; i--) { placed[i].at = Math.min(placed[i].at, most); most = placed[i].at - gap; }
     return placed.map((s) => ({
       xref: "paper", yref: "paper", x: 1, xanchor: "left", xshift: 12, y: 1 - s.at / inner, yanchor: "middle", showarrow: false, align: "left",
       text: s.text, font: { color: s.color, size: 12.5 },
@@ -80,17 +82,20 @@
     return [traces, layout];
   };
 
+  // the heat map and the means under it share their sides, so that rounds stand in columns
+  const named = (it) => it.clients.length <= 50;
+  const sides = (it) => ({ l: named(it) ? 24 + 6.9 * Math.min(16, Math.max(...it.clients.map((n) => [...n].length))) : 44, r: 100 });
+
   const heat = (index) => {
     const it = data.weights[index], run = data.runs[it.run];
-    const cell = Math.max(5, Math.min(22, 560 / it.clients.length)), named = cell >= 11, texts = cell >= 15 && it.rounds.length <= 26;
-    const gap = named ? 0.6 : 14 / cell; // between the groups, in rows
+    const cell = Math.max(5, Math.min(22, 560 / it.clients.length)), texts = cell >= 15 && it.rounds.length <= 26;
+    const gap = named(it) ? 0.6 : 14 / cell; // between the groups, in rows
     let row = 0, before = it.roles[0];
     const at = it.roles.map((role) => { if (role !== before) { row += gap; before = role; } return row++; });
     const full = colour(`c-${run.colour}`);
     const cells = [];
     it.z.forEach((ws, i) => ws.forEach((w, j) => cells.push({ i, j, w })));
     const width = it.rounds.length;
-    const left = named ? 24 + 6.9 * Math.min(16, Math.max(...it.clients.map((n) => [...n].length))) : 30;
     // one heat map per group: rows of a group are evenly spaced, groups are set apart
     const traces = [...new Set(it.roles)].map((role) => {
       const rows = it.clients.map((_, i) => i).filter((i) => it.roles[i] === role);
@@ -109,13 +114,13 @@
     });
     const groups = [...new Set(it.roles)].map((role) => {
       const rows = at.filter((_, i) => it.roles[i] === role);
-      return { xref: "paper", x: 1, xanchor: "left", xshift: 6, y: (rows[0] + rows.at(-1)) / 2, yanchor: "middle", textangle: 90, showarrow: false, text: `${rows.length} ${role}`, font: { color: colour("ink") } };
+      return { xref: "paper", x: 1, xanchor: "left", xshift: 10, y: (rows[0] + rows.at(-1)) / 2, yanchor: "middle", showarrow: false, text: `${rows.length} ${role}`, font: { color: colour("ink") } };
     });
-    const margin = { l: left, r: 34, t: 8, b: 44 };
+    const margin = { ...sides(it), t: 8, b: 44 };
     return [traces, {
       ...base(Math.round(cell * row) + margin.t + margin.b, margin),
       xaxis: { ...rounds(it.rounds), range: [Math.min(...it.rounds) - 0.5, Math.max(...it.rounds) + 0.5], ticks: "" },
-      yaxis: axis({ range: [row - 0.5, -0.5], showgrid: false, ticks: "", tickvals: named ? at : [], ticktext: named ? it.clients.map((n) => plain(n, 16)) : [] }),
+      yaxis: axis({ range: [row - 0.5, -0.5], showgrid: false, showline: false, ticks: "", tickvals: named(it) ? at : [], ticktext: named(it) ? it.clients.map((n) => plain(n, 16)) : [] }),
       annotations: groups,
     }];
   };
@@ -123,7 +128,7 @@
   const means = (index) => {
     const it = data.weights[index], color = colour(`c-${data.runs[it.run].colour}`);
     const looks = { honest: ["solid", "circle"], malicious: ["dot", "x"], unknown: ["dash", "square"] };
-    const margin = { l: 44, r: 92, t: 10, b: 40 }, height = 170;
+    const margin = { ...sides(it), t: 10, b: 44 }, height = 170;
     const traces = Object.entries(it.means).map(([role, y]) => ({
       type: "scatter", mode: "lines+markers", name: role, x: it.rounds, y, connectgaps: true, cliponaxis: false,
       line: { color, width: 2, dash: looks[role][0] }, marker: { symbol: looks[role][1], size: 7, color, line: { color: colour("paper"), width: 1 } },
@@ -132,7 +137,7 @@
     const ends = Object.entries(it.means).map(([role, y]) => ({ end: y.filter((v) => v !== null).at(-1) ?? null, text: role, color }));
     return [traces, {
       ...base(height, margin), hovermode: "x unified",
-      xaxis: { ...rounds(it.rounds), range: [Math.min(...it.rounds) - 0.25, Math.max(...it.rounds) + 0.25] },
+      xaxis: { ...rounds(it.rounds), range: [Math.min(...it.rounds) - 0.5, Math.max(...it.rounds) + 0.5] },
       yaxis: axis({ range: [-0.08, 1.08], tickvals: [0, 0.5, 1], tickformat: ".1f" }),
       annotations: labels(ends, -0.08, 1.08, height - margin.t - margin.b, 17),
     }];
@@ -148,10 +153,13 @@
       const share = screening[s] ? 1 - 0.45 * (rank / of) : 0.62 - 0.44 * (rank / of);
       return {
         type: "bar", orientation: "h", name: plain(stage), y: ys, x: seconds[s],
-        marker: { color: mix(colour("paper"), screening[s] ? accent : grey, share), line: { color: colour("paper"), width: 1.5 }, pattern: screening[s] ? { shape: rank % 2 ? "/" : "", fgcolor: colour("paper"), solidity: 0.25, size: 7 } : {} },
+        marker: { color: mix(colour("paper"), screening[s] ? accent : grey, share), line: { color: colour("paper"), width: 1.5 } },
+        text: seconds[s].map((v) => (v ? plain(stage) : "")), textposition: "inside", insidetextanchor: "middle", textangle: 0, constraintext: "none",
         hovertemplate: `%{x:.1f} s<extra>${plain(stage)}</extra>`,
       };
     });
+    const sum = Math.max(...data.runs.map((_, i) => seconds.reduce((total, row) => total + row[i], 0)));
+    traces.forEach((t, s) => { t.text = t.text.map((text, i) => (seconds[s][i] / sum > 0.016 * stages[s].length ? text : "")); }); // only where it fits
     const margin = { l: 24 + 7.2 * Math.max(...data.runs.map((r) => Math.min(20, [...r.name].length))), r: 24, t: 34, b: 44 };
     return [traces, {
       ...base(margin.t + margin.b + 40 * names.length + 10, margin), barmode: "stack", bargap: 0.34, hovermode: "closest",
@@ -181,7 +189,7 @@
 
   // A client's rounds are built when it is opened: 100 clients x 25 rounds x 4 runs would be 10,000 rows at once.
   const fill = (details) => {
-    if (details.querySelector("table")) return;
+    if (!details.open || details.querySelector("table")) return;
     const rows = data.clients[Number(details.dataset.client)];
     const add = (parent, tag, text, name) => { const node = parent.appendChild(document.createElement(tag)); if (text !== undefined) node.textContent = text; if (name) node.className = name; return node; };
     const box = add(details, "div", undefined, "scroll"), table = add(box, "table");
@@ -204,7 +212,7 @@
 
   addEventListener("DOMContentLoaded", () => {
     data = JSON.parse(document.getElementById("data").textContent);
-    for (const details of document.querySelectorAll("details[data-client]")) details.addEventListener("toggle", () => { if (details.open) fill(details); });
+    for (const details of document.querySelectorAll("details[data-client]")) { details.addEventListener("toggle", () => fill(details)); fill(details); }
     draw();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   });

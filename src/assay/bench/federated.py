@@ -1,0 +1,60 @@
+"""The federated suite: one experiment with honest clients only, attacked undefended, and attacked under each level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from assay import run_dir
+from assay.config import Experiment
+
+DEMO_LEVELS = ("submitted", "step")
+ALL_LEVELS = ("submitted", "step", "client", "shadow")
+
+
+def variants(base: Experiment, levels: Iterable[str] = DEMO_LEVELS, suffix: str = "") -> list[Experiment]:
+    """Runs that differ from `base` in one thing each; their names are what `--json` and reports show."""
+    runs = [
+        base.changed(name=f"federated.honest_only{suffix}", clients__malicious=0.0, defence__level="none"),
+        base.changed(name=f"federated.undefended{suffix}", defence__level="none"),
+    ]
+    return runs + [base.changed(name=f"federated.{level}{suffix}", defence__level=level) for level in levels]
+
+
+def suite(base: Experiment, levels: Iterable[str], seeds: Sequence[int]) -> list[Experiment]:
+    """The variants for every seed; names carry the seed."""
+    levels = tuple(levels)
+    return [v for seed in seeds for v in variants(base.changed(seed=seed), levels, f".seed{seed}")]
+
+
+def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of results: what was run and the flat metrics."""
+    honest = experiment.clients.malicious == 0
+    return {
+        "attack": "none" if honest else experiment.attack.name,
+        "defence": experiment.defence.level,
+        "share": experiment.clients.malicious,
+        "seed": experiment.seed,
+        "aggregator": experiment.aggregation.name,
+        **summary["metrics"],
+        "honest_weight_min": summary["honest_weight_min"],
+        "outcomes": summary["outcomes"],
+        "detection": summary["detection"],
+        "seconds": {stage: round(value, 2) for stage, value in summary["seconds"].items()},
+    }
+
+
+def results(
+    command: str, base: Experiment, experiments: Sequence[Experiment], summaries: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The JSON that lives under results/: rows, and everything needed to make them again."""
+    return {
+        "command": command,
+        "commit": run_dir.commit(),
+        "versions": run_dir.versions(),
+        "machine": run_dir.machine(),
+        "model": next(iter(summaries.values()))["model"],
+        # where the data lies differs from machine to machine and changes no number
+        "experiment": base.model_dump(mode="json", exclude={"data": {"root"}}),
+        "rows": [row(e, summaries[e.name]) for e in experiments],
+    }
