@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from assay.ledger import Ledger
-from assay.report import ReportError, view, write
+from assay.report import ReportError, words, write
 
 HOSTILE = '</script><script>document.documentElement.dataset.owned="1"</script><img src=x onerror="owned()">'
 LINK = '<a href="https://evil.example/">click</a> {{ 7*7 }} <!--'
@@ -148,6 +148,7 @@ class Page(HTMLParser):
     @property
     def data(self) -> dict[str, Any]:
         (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', self.source, re.S)
+        assert not set("<>&") & set(text)  # nothing in it can end the tag, nor open a comment that swallows the end
         return dict(json.loads(text))
 
 
@@ -220,7 +221,9 @@ def test_outline_is_sane(tmp_path: Path) -> None:
             assert attributes["aria-label"]
 
 
-@pytest.mark.parametrize("name", [HOSTILE, LINK, BIDI, "__proto__", "x" * 5000, "$title ${title} %{x} &lt;b&gt;"])
+@pytest.mark.parametrize(
+    "name", [HOSTILE, "</script ><!-- <script ", LINK, BIDI, "__proto__", "x" * 5000, "$title ${title} %{x} &lt;b&gt;"]
+)
 def test_hostile_names_are_inert(tmp_path: Path, name: str) -> None:
     def change(summary: dict[str, Any]) -> None:
         summary["reasons"][0].update(sentence=name, reason=name, screen=name)
@@ -334,10 +337,24 @@ def test_tampered_ledger_and_disagreeing_weights_are_said(tmp_path: Path) -> Non
 def test_runs_that_are_not_like_for_like_are_named(tmp_path: Path) -> None:
     def change(summary: dict[str, Any]) -> None:
         summary["setting"]["learning_rate"] = 0.01
+        summary["setting"]["screens"] = ["structure", {"norm": 1.15}]
         summary["seed"] = 3
 
     page = Page(write([make_run(tmp_path / "a"), make_run(tmp_path / "b", change=change)], tmp_path / "r.html"))
-    assert "differ in learning_rate (0.001 / 0.01); seed (0 / 3)" in page.text
+    assert "differ in learning_rate (0.001 / 0.01); seed (0 / 3); screens (– / structure, norm 1.15)" in page.text
+
+
+def test_safety_by_learning_nothing_is_said(tmp_path: Path) -> None:
+    def change(summary: dict[str, Any]) -> None:
+        summary["metrics"]["honest_weight_mean"] = 0.3
+
+    stuck = make_run(tmp_path / "stuck", change=change)
+    rows = [json.loads(line) for line in (stuck / "metrics.jsonl").read_text().splitlines()]
+    (stuck / "metrics.jsonl").write_text("".join(json.dumps(r | {"outcome": "rolled_back"}) + "\n" for r in rows))
+    page = Page(write([stuck, make_run(tmp_path / "fine")], tmp_path / "report.html"))
+    assert "stuck: no round was applied, so its model is the one it started from" in page.text
+    assert "stuck: honest clients kept only 0.30 of their weight on average" in page.text
+    assert "fine:" not in page.text
 
 
 def test_labels_tell_runs_apart_and_bytes_are_reproducible(tmp_path: Path) -> None:
@@ -373,7 +390,7 @@ def test_hundred_clients_stay_small(tmp_path: Path) -> None:
     [(0.975, 2, "0.98"), (None, 3, "–"), (-0.0001, 2, "0.00"), (1e300, 2, "1.00e+300"), (1, 2, "1.00")],
 )
 def test_numbers_round_as_a_reader_would(value: float | None, places: int, text: str) -> None:
-    assert view.fixed(value, places) == text
+    assert words.fixed(value, places) == text
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -396,7 +413,7 @@ def browse(page: Path, tmp: Path, *options: str) -> str:
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium, chromium-browser or google-chrome on PATH")
 def test_charts_are_drawn_in_a_browser(tmp_path: Path) -> None:
-    runs = four_runs(tmp_path, names={0: HOSTILE, 6: LINK})
+    runs = four_runs(tmp_path, names={0: HOSTILE, 6: LINK, 8: "<b>b</b>"})
     killed = make_run(tmp_path / "killed", change=lambda summary: None)
     (killed / "summary.json").unlink()
     page = write([*runs, killed], tmp_path / "report.html")
@@ -413,15 +430,18 @@ def test_charts_are_drawn_in_a_browser(tmp_path: Path) -> None:
     assert body.count("js-plotly-plot") == 10
     assert "evil.example" in body
     assert not re.search(r"<a[^>]*evil", body)
+    assert "&lt;b&gt;b&lt;/b&gt;</text>" in body  # plotly would have made it bold
     assert not re.search(r"<img|xlink:href=\"http", body)
     assert _values(shot) > 100
     # a client that is opened gets its rounds, still as text
     opened = tmp_path / "opened.html"
-    opened.write_text(page.read_text(encoding="utf-8").replace("<details data-client", "<details open data-client"), "utf-8")
+    opened.write_text(
+        page.read_text(encoding="utf-8").replace("<details data-client", "<details open data-client"), "utf-8"
+    )
     dom = browse(opened, tmp_path, "--dump-dom")
     assert 'data-assay="ready"' in dom[:500]
     assert hashlib.sha256(b"30").hexdigest()[:12] in dom.split('<script type="application/json"')[0]
-    assert dom.count('<td class="number">0.40</td>') == 2  # in the list of detection, and here
+    assert dom.count('<td class="number">0.40</td>') == 1
 
 
 def _values(shot: Path) -> int:

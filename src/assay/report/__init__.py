@@ -23,7 +23,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from assay import run_dir
-from assay.report import view
+from assay.report import view, words
 from assay.report.load import ReportError, clean, load_runs
 
 __all__ = ["ReportError", "write"]
@@ -89,9 +89,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters |= {
-        "rate": lambda value: view.fixed(value, 2),
-        "fine": lambda value: view.fixed(value, 3),
-        "seconds": view.seconds,
+        "rate": lambda value: words.fixed(value, 2),
+        "fine": lambda value: words.fixed(value, 3),
+        "seconds": words.seconds,
         "shell": lambda value: shlex.quote(str(clean(str(value)))),
     }
     return found

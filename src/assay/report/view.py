@@ -5,19 +5,19 @@ Nothing here knows HTML. Participants' text passes through as text; the template
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from decimal import ROUND_HALF_UP, Decimal
+from collections.abc import Sequence
 from typing import Any
 
 from assay.report.load import ROLES, Contribution, Role, Run, clean, natural
+from assay.report.words import fixed, headline, plain, shorten
 
 SCREENING = ("screen", "screens", "probe", "canary", "rehearse", "rehearsal", "gate")
 """Stages counted as the cost of the defence."""
+LITTLE = 0.8
+"""Mean honest weight under which the page warns; not calibrated: a fifth of the honest work is worth a sentence."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 COLOURS = 5  # --c-0 .. --c-4 in style.css, beside --c-ref (honest only) and --c-bare (undefended)
-LONGEST = 600  # characters of an answer or a sentence that are shown
 METRICS = (
     # name, heading, direction, plain words
     ("refusal_rate", "Refusal", "higher is better", "Share of harmful prompts that the model refuses."),
@@ -42,6 +42,7 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
         "styles": styles(runs),
         "metrics": METRICS,
         "headline": headline(runs),
+        "caveats": [(run.label, text) for run in runs for text in caveats(run)],
         "settings_differ": settings_differ(runs),
         "defended": screened(runs),
         "detection": [detection(run) for run in runs],
@@ -61,7 +62,7 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
 def styles(runs: Sequence[Run]) -> list[dict[str, str]]:
     """One colour, dash and marker per run, the same wherever the run appears."""
     found: list[dict[str, str]] = []
-    plain = 0
+    turn = 0
     for run in runs:
         taken = [style["colour"] for style in found]
         if run.kind == "honest" and "ref" not in taken:
@@ -69,66 +70,11 @@ def styles(runs: Sequence[Run]) -> list[dict[str, str]]:
         elif run.kind == "undefended" and "bare" not in taken:
             found.append({"colour": "bare", "dash": "dash", "symbol": "x"})
         else:
-            turn = plain // COLOURS  # past the palette the dash tells two runs of a colour apart
-            symbol = SYMBOLS[plain % len(SYMBOLS)]
-            found.append({"colour": str(plain % COLOURS), "dash": DASHES[turn % len(DASHES)], "symbol": symbol})
-            plain += 1
+            dash = DASHES[turn // COLOURS % len(DASHES)]  # past the palette the dash tells two of a colour apart
+            symbol = SYMBOLS[turn % len(SYMBOLS)]
+            found.append({"colour": str(turn % COLOURS), "dash": dash, "symbol": symbol})
+            turn += 1
     return found
-
-
-def headline(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
-    """The finding in one or two sentences, as pieces of text; a piece with a number is the label of that run."""
-    done = [(i, run) for i, run in enumerate(runs) if run.finished]
-    if not done:
-        return [("No run is finished yet; what there is so far is below.", None)]
-    attacked = [(i, run) for i, run in done if run.malicious]
-    pieces: list[tuple[str, int | None]] = []
-    if attacked:
-        bad, every = ({count(run) for _, run in attacked} for count in (_malicious, _total))
-        pieces.append((f"{_span(bad)} of {_span(every)} clients {'was' if bad == {1} else 'were'} malicious. ", None))
-    elif all(role == "honest" for _, run in done for role in run.roles.values()):
-        pieces.append(("Every client was honest. ", None))
-    else:
-        pieces.append(("Which clients were malicious is not known. ", None))
-    measured = [(i, r) for i, r in attacked or done if None not in (r.start("refusal_rate"), r.end("refusal_rate"))]
-    if not measured:
-        return [*pieces, ("Refusal of harmful prompts was not measured.", None)]
-    subject = "the model’s refusal of harmful prompts"
-    bare = next((run for _, run in measured if run.kind == "undefended"), None)
-    rest = [(i, run) for i, run in measured if run.kind != "undefended"]
-    if len(rest) > 3:  # the best and the worst end
-        ranked = sorted(rest, key=lambda item: -(item[1].end("refusal_rate") or 0.0))
-        rest = [ranked[0], ranked[-1]]
-    if bare is not None:
-        pieces.append((f"Undefended, {subject} {_moved(bare)}", None))
-    for turn, (i, run) in enumerate(rest):
-        if bare is not None:
-            before = "; with " if turn == 0 else ", with "
-            after = f"{' it ended' if turn == 0 else ''} at {fixed(run.end('refusal_rate'), 2)}"
-        else:
-            before, after = ("With ", f", {subject} ") if turn == 0 else ("; with ", " it ")
-            after += _moved(run)
-        pieces += [(before, None), (run.label, i), (after, None)]
-    return [*pieces, (".", None)]
-
-
-def _moved(run: Run) -> str:
-    start, end = fixed(run.start("refusal_rate"), 2), fixed(run.end("refusal_rate"), 2)
-    if start == end:
-        return f"stayed at {end}"
-    return f"{'fell' if float(end) < float(start) else 'rose'} from {start} to {end}"
-
-
-def _malicious(run: Run) -> int:
-    return run.malicious
-
-
-def _total(run: Run) -> int:
-    return len(run.roles)
-
-
-def _span(counts: set[int]) -> str:
-    return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def screened(runs: Sequence[Run]) -> list[int]:
@@ -141,12 +87,27 @@ def screened(runs: Sequence[Run]) -> list[int]:
     ]
 
 
+def caveats(run: Run) -> list[str]:
+    """What must be read beside the headline: a model that learns nothing keeps its refusals without any defence."""
+    found = list(run.notices)
+    played = [row for row in run.rows if row.round]
+    if played and all(row.outcome in ("skipped", "rolled_back") for row in played):
+        found.append("no round was applied, so its model is the one it started from")
+    kept = run.end("honest_weight_mean")
+    if kept is not None and kept < LITTLE:
+        found.append(
+            f"honest clients kept only {fixed(kept, 2)} of their weight on average; "
+            "part of what looks like safety is not learning"
+        )
+    return found
+
+
 def settings_differ(runs: Sequence[Run]) -> list[str]:
     """What else than attack, level and share of malicious clients differs: such runs are not like for like."""
     done = [run for run in runs if run.summary]
     rows = [
-        {key: _plain(value) for key, value in run.setting.items() if key not in ("level", "attack", "mix", "malicious")}
-        | {"seed": _plain(run.summary.seed), "commit": run.summary.commit, "model": run.summary.model.sha256}
+        {key: plain(value) for key, value in run.setting.items() if key not in ("level", "attack", "mix", "malicious")}
+        | {"seed": plain(run.summary.seed), "commit": run.summary.commit, "model": run.summary.model.sha256}
         for run in done
         if run.summary
     ]
@@ -250,12 +211,12 @@ def provenance(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, list[str]
     for run in runs:
         row = {"directory": str(clean(str(run.directory))), "state": "finished" if run.finished else "unfinished"}
         if (s := run.summary) is not None:
-            row |= {"command": s.command, "started": s.started, "finished": s.finished, "seed": _plain(s.seed)}
-            row |= {"assay": s.assay, "commit": s.commit, "machine": _plain(s.machine)}
+            row |= {"command": s.command, "started": s.started, "finished": s.finished, "seed": plain(s.seed)}
+            row |= {"assay": s.assay, "commit": s.commit, "machine": plain(s.machine)}
             row |= {"model": s.model.name, "model sha256": s.model.sha256, "dtype": s.model.dtype}
             row |= {"alignment": s.model.alignment}
-            row |= {f"version: {name}": _plain(value) for name, value in s.versions.items()}
-            row |= {f"setting: {name}": _plain(value) for name, value in s.setting.items()}
+            row |= {f"version: {name}": plain(value) for name, value in s.versions.items()}
+            row |= {f"setting: {name}": plain(value) for name, value in s.setting.items()}
         if run.chain:
             row |= {"ledger": f"{run.chain.entries} entries, chain {'holds' if run.chain.ok else 'BROKEN'}"}
             row |= {"ledger head": run.chain.head}
@@ -336,41 +297,3 @@ def _series(runs: Sequence[Run], metric: str) -> list[tuple[int, list[float | No
     rounds = sorted({row.round for run in runs for row in run.rows})
     by_run = [{row.round: getattr(row, metric) for row in run.rows} for run in runs]
     return [(number, [values.get(number) for values in by_run]) for number in rounds]
-
-
-def fixed(value: float | None, places: int) -> str:
-    """Rounded half up, as a reader would: 0.975 is 0.98 although the float is a hair below. None is an en dash.
-
-    >>> fixed(0.975, 2), fixed(None, 2), fixed(-0.001, 2)
-    ('0.98', '–', '0.00')
-    """
-    if value is None:
-        return "–"
-    if abs(value) >= 1e9:
-        return f"{value:.2e}"
-    rounded = Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP)
-    return str(abs(rounded) if rounded == 0 else rounded)
-
-
-def seconds(value: float | None) -> str:
-    """Seconds without false precision.
-
-    >>> seconds(3.21), seconds(1234.5), seconds(None)
-    ('3.2', '1,235', '–')
-    """
-    return "–" if value is None else f"{value:.1f}" if value < 10 else f"{Decimal(repr(value)):,.0f}"
-
-
-def shorten(text: str, longest: int = LONGEST) -> str:
-    """At most `longest` characters, with a mark where something was cut."""
-    text = text.strip()
-    return text if len(text) <= longest else f"{text[:longest].rstrip()} …"
-
-
-def _plain(value: object) -> str:
-    """A JSON value in a line of text."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return "–" if value is None else re.sub(r"\s+", " ", str(value).lower() if isinstance(value, bool) else str(value))
