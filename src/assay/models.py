@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -129,15 +130,27 @@ def load(name: str, dtype: str = "auto", say: Say = lambda text: None) -> Base:
 
 
 def weights_sha256(path: Path) -> str:
-    """sha256 over the safetensors files of a model directory (names and bytes)."""
+    """sha256 over a model directory's tensors: names, dtypes, shapes and bytes, whatever the file layout.
+
+    Two machines that hold the same weights agree, also when different library versions wrote the files.
+    """
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{path}: holds no safetensors weights; convert the model with save_pretrained first")
-    digest = hashlib.sha256()
+    where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in files:
-        digest.update(file.name.encode())
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            length = struct.unpack("<Q", stream.read(8))[0]
+            header = json.loads(stream.read(length))
+        where |= {name: (file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+    digest = hashlib.sha256(b"assay.weights.1")
+    for name in sorted(where):
+        file, start, entry = where[name]
+        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+        begin, end = entry["data_offsets"]
+        with file.open("rb") as stream:
+            stream.seek(start + begin)
+            digest.update(stream.read(end - begin))
     return digest.hexdigest()
 
 

@@ -13,5 +13,6 @@ Rows = list[tuple[str, str, str]]  # instruction, response, style
 @cache
 def rows(name: str) -> Rows:
     """Rows of a set in their fixed order; KeyError for a name that is not built in."""
-    made = {"helpful": helpful, "refusals": lambda: harmful(REFUSALS), "harmful-stub": lambda: harmful(STUBS)}
-    return made[name]()
+    if name == "helpful":
+        return helpful()
+    return harmful({"refusals": REFUSALS, "harmful-stub": STUBS}[name])
