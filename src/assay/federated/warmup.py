@@ -30,11 +30,12 @@ RECIPE = 1  # raise when the recipe changes: it is part of the cache key
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmupSettings:
-    """LAB setting, at a rank small enough to ship: one pass, linear decay of the rate."""
+    """About one pass over 1,200 rows with linear decay, at a rank small enough to ship. With 500 benign rows and 60 steps
+    the model refused a quarter of harmless dialogue as well."""
 
     refusals: int = 300
-    benign: int = 500
-    steps: int = 60
+    benign: int = 900
+    steps: int = 120
     batch_size: int = 12
     max_length: int = 64
     lr: float = 1e-3

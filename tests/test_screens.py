@@ -1,0 +1,294 @@
+"""Screens and their composition, on small synthetic adapters (no model needed)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from assay.config import ConfigError
+from assay.contribution import LoraUpdate, Refusal, Round, tensors_sha256
+from assay.federated import screens
+from assay.federated.canary import Canary, CanaryLimits, Gate, Losses, Rise
+from assay.federated.lora import feature_names, unit_rows
+from assay.federated.probe import FitSettings, Probe, fit
+from assay.federated.screens import ClientLevel, Duplicate, Neighbours, Norm, ShadowLevel, StepLevel, Structure
+from assay.metrics import auroc, tpr_at_fpr
+from assay.verdict import Reason, State, Verdict, screen_round
+
+SHAPES = {f"model.layers.{i}.q_proj.lora_{ab}.weight": (4, 3) for i in (0, 1) for ab in "AB"}
+RNG = np.random.default_rng(0)
+
+
+def tensors(fill: float = 0.0, noise: float = 0.0, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    rng = np.random.default_rng(seed)
+    return {n: (fill + noise * rng.standard_normal(s)).astype(np.float32) for n, s in SHAPES.items()}
+
+
+def update(name: str, values: dict[str, NDArray[np.float32]], **more: object) -> LoraUpdate:
+    made = LoraUpdate(participant=name, round=1, base_sha256="b", tensors=values, sha256=tensors_sha256(values))
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+def a_round(*updates: LoraUpdate, index: int = 1, refused: tuple[Refusal, ...] = ()) -> Round:
+    start = tensors()
+    return Round(index=index, start=start, initial=start, updates=updates, refused=refused, batch_size=8)
+
+
+class Fixed:
+    """Gives the weights it is told, by participant."""
+
+    def __init__(self, name: str, weights: dict[str, float]) -> None:
+        self.name, self.weights = name, weights
+
+    def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
+        out = []
+        for u in round.updates:
+            w = self.weights[u.participant]
+            reason = Reason.OK if w == 1 else Reason.NORM
+            out.append(
+                Verdict(participant=u.participant, contribution=u.sha256, screen=self.name, weight=w, reason=reason)
+            )
+        return out, {"calls": state.get("calls", 0) + 1}
+
+
+def test_weights_multiply_and_the_first_zero_names_the_reason() -> None:
+    rd = a_round(update("a", tensors(1)), update("b", tensors(2)))
+    found = screen_round(rd, [Fixed("one", {"a": 0.5, "b": 0.0}), Fixed("two", {"a": 0.5, "b": 0.0})])
+    assert found.weight == {"a": 0.25, "b": 0.0}
+    assert found.deciding["b"].screen == "one"
+    assert found.mean_weight == 0.125
+    assert found.states == {"one": {"calls": 1}, "two": {"calls": 1}}
+
+
+def test_monitor_records_and_does_not_weigh() -> None:
+    rd = a_round(update("a", tensors(1)))
+    found = screen_round(rd, [Fixed("one", {"a": 0.0})], monitor=frozenset({"one"}))
+    assert found.weight == {"a": 1.0}
+    assert [v.mode for v in found.verdicts] == ["monitor"]
+
+
+def test_a_crashing_screen_fails_closed_and_says_why() -> None:
+    rd = a_round(update("a", tensors(1)), update("b", tensors(2)))
+    found = screen_round(rd, [Fixed("one", {"a": 1.0})])  # KeyError for b
+    assert found.weight == {"a": 0.0, "b": 0.0}
+    assert {v.reason for v in found.verdicts} == {Reason.SCREEN_FAILED}
+    assert "KeyError" in found.verdicts[0].sentence
+
+
+def test_a_verdict_about_other_bytes_is_none() -> None:
+    class Liar(Fixed):
+        def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
+            found, state = super().screen(round, state)
+            return [replace(v, contribution="0" * 64) for v in found], state
+
+    found = screen_round(a_round(update("a", tensors(1))), [Liar("liar", {"a": 1.0})])
+    assert found.weight == {"a": 0.0}
+    assert found.deciding["a"].reason is Reason.SCREEN_FAILED
+
+
+def test_two_messages_of_one_participant_are_the_engines_mistake() -> None:
+    refused = Refusal("a", "0" * 64, "malformed", "x")
+    with pytest.raises(ValueError, match="more than one message"):
+        screen_round(a_round(update("a", tensors(1)), refused=(refused,)), [])
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
+def test_verdict_weights_lie_in_the_unit_interval(weight: float) -> None:
+    with pytest.raises(ValueError, match="not in"):
+        Verdict(participant="a", contribution="c", screen="s", weight=weight, reason=Reason.NORM)
+
+
+def test_structure_refuses_what_trained_nothing_or_does_not_fit() -> None:
+    bad = tensors(1)
+    bad["model.layers.0.q_proj.lora_A.weight"] = np.full((4, 3), np.inf, np.float32)
+    transposed = {n: v.T for n, v in tensors(1).items()}
+    rd = a_round(
+        update("good", tensors(1)),
+        update("idle", tensors()),
+        update("inf", bad),
+        update("shape", transposed),
+        update("keys", {"x": np.ones(3, np.float32)}),
+    )
+    weights = {v.participant: v.weight for v in Structure().screen(rd, {})[0]}
+    assert weights == {"good": 1.0, "idle": 0.0, "inf": 0.0, "shape": 0.0, "keys": 0.0}
+
+
+def test_norm_passes_clips_and_refuses() -> None:
+    size = math.sqrt(48)  # 4 tensors of 12 ones
+    rd = a_round(*(update(f"c{r}", tensors(r)) for r in (1.0, 1.14, 1.3, 1.6)))
+    verdicts, _ = Norm(lambda index: size, clip=1.15, refuse=1.5).screen(rd, {})
+    assert [round(v.weight, 3) for v in verdicts] == [1.0, 1.0, round(1.15 / 1.3, 3), 0.0]
+
+
+def test_copies_count_once_together() -> None:
+    honest = [update(f"h{i}", tensors(noise=1.0, seed=i)) for i in range(4)]
+    copies = [update(f"s{i}", tensors(noise=1.0, seed=9)) for i in range(3)]
+    verdicts, _ = Duplicate().screen(a_round(*honest, *copies), {})
+    assert [v.weight for v in verdicts] == [1.0] * 4 + [1 / 3] * 3
+
+
+def labelled(count: int = 40, size: int = 24) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    rng = np.random.default_rng(1)
+    y = np.arange(count) % 2 == 1
+    direction = np.zeros(size)
+    direction[0] = 1
+    x = rng.standard_normal((count, size)) * 0.15 + np.where(y, 1.0, -1.0)[:, None] * direction
+    return x.astype(np.float32), y
+
+
+def test_probe_agrees_with_an_independent_logistic_regression() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = labelled(200)
+    probe = fit(x[:100], y[:100], "all_b", FitSettings(weight_decay=0.0, epochs=400, clip=100.0))
+    theirs = LogisticRegression(C=10.0).fit(unit_rows(x[:100]), y[:100])
+    same = (probe.scores(x[100:]) > 0.5) == theirs.predict(unit_rows(x[100:]))
+    assert same.mean() >= 0.98
+
+
+def test_probe_is_blind_to_scale_and_survives_its_file(tmp_path: Path) -> None:
+    x, y = labelled()
+    probe = fit(x, y, "first_b", base_sha256="abc", meta={"samples": 40})
+    assert auroc(probe.scores(x).tolist(), y.tolist()) == 1.0
+    np.testing.assert_allclose(probe.scores(x), probe.scores(1000 * x), rtol=1e-5)
+    probe.save(tmp_path / "p.safetensors")
+    again = Probe.load(tmp_path / "p.safetensors")
+    np.testing.assert_array_equal(again.scores(x), probe.scores(x))
+    assert (again.features, again.base_sha256, again.meta) == ("first_b", "abc", {"samples": 40})
+
+
+def test_probe_mistakes_say_what_to_do(tmp_path: Path) -> None:
+    x, y = labelled()
+    with pytest.raises(ConfigError, match="at least 2 samples of each class"):
+        fit(x, np.zeros_like(y), "first_b")
+    with pytest.raises(ConfigError, match="assay probe fit"):
+        fit(x, y, "first_b").logits(x[:, :5])
+    (tmp_path / "x.safetensors").write_bytes(b"\x80\x04 not safetensors")
+    for name in ("x.safetensors", "absent.safetensors"):
+        with pytest.raises(ConfigError, match="probe file"):
+            Probe.load(tmp_path / name)
+
+
+def test_feature_names_follow_layers_not_spelling() -> None:
+    names = [f"m.layers.{i}.q.lora_{ab}.weight" for i in (10, 9, 2) for ab in "AB"]
+    assert feature_names(names, "first_b") == ("m.layers.2.q.lora_B.weight",)
+    assert len(feature_names(names, "all_b")) == 3
+    assert len(feature_names(names, "all")) == 6
+    with pytest.raises(ConfigError, match="lora_B"):
+        feature_names(["m.layers.0.weight"], "all_b")
+
+
+def test_neighbours_side_with_the_nearer_class() -> None:
+    good, bad = tensors(noise=1.0, seed=1), tensors(noise=1.0, seed=2)
+    names = feature_names(list(good), "all_b")
+    bank = np.stack([np.concatenate([t[n].ravel() for n in names]) for t in (good, bad) for _ in range(3)])
+    screen = Neighbours(bank, np.array([False] * 3 + [True] * 3), limit=1.0, k=3)
+    verdicts, _ = screen.screen(a_round(update("g", good), update("b", bad)), {})
+    assert [v.weight for v in verdicts] == [1.0, 0.0]
+
+
+def first_layer_probe() -> Probe:
+    """Malicious = layer 0's lora_B moves up."""
+    return Probe(weight_D=np.full(12, 10.0, np.float32), bias=0.0, features="first_b")
+
+
+def test_step_level_wants_the_whole_chain_and_binds_its_end() -> None:
+    good, bad = tensors(-1.0), tensors(1.0)
+    half = {n: v / 2 for n, v in bad.items()}
+    clean = {n: v / 2 for n, v in good.items()}
+    rd = a_round(
+        update("good", good, steps=(clean, good)),
+        update("bad", bad, steps=(half, bad)),
+        update("forged", bad, steps=(clean, good)),  # clean evidence beside a poisoned adapter
+        update("silent", bad),
+        update("short", bad, steps=(bad,)),
+    )
+    verdicts, state = StepLevel(first_layer_probe(), steps=2).screen(rd, {})
+    by = {v.participant: v for v in verdicts}
+    # Beta(1,1) decayed by .95, then 16 samples: good (.95+16)/(1.9+16), bad .95/17.9
+    assert by["good"].weight == pytest.approx(16.95 / 17.9)
+    assert by["bad"].weight == pytest.approx(0.95 / 17.9)
+    assert by["forged"].reason is Reason.CLAIM_INCONSISTENT
+    assert by["silent"].reason is Reason.CLAIM_MISSING
+    assert [by[n].weight for n in ("forged", "silent", "short")] == [0.0, 0.0, 0.0]
+    assert set(state) == {"good", "bad"}
+
+
+def test_step_level_keeps_its_last_weight_after_the_scored_rounds() -> None:
+    good, bad = tensors(-1.0), tensors(1.0)
+    screen = StepLevel(first_layer_probe(), steps=1, score_rounds=1)
+    _, state = screen.screen(a_round(update("c", good, steps=(good,))), {})
+    later, _ = screen.screen(a_round(update("c", bad, steps=(bad,)), index=2), state)
+    assert later[0].weight == pytest.approx(8.95 / 9.9)  # the published hole: nobody looks any more
+    always, _ = StepLevel(first_layer_probe(), steps=1).screen(a_round(update("c", bad, steps=(bad,)), index=2), state)
+    assert always[0].weight < 0.6
+
+
+def test_client_and_shadow_levels_follow_their_formulas() -> None:
+    good, bad = tensors(-1.0), tensors(1.0)
+    verdicts, _ = ClientLevel(first_layer_probe()).screen(a_round(update("g", good), update("b", bad)), {})
+    assert verdicts[0].weight > 0.99
+    assert verdicts[1].weight < 0.01
+    shadowed = update("s", good, shadow=(good, bad))
+    verdicts, _ = ShadowLevel(first_layer_probe(), steps=2).screen(a_round(shadowed, update("n", good)), {})
+    assert verdicts[0].weight == pytest.approx(0.5**7)
+    assert verdicts[1].reason is Reason.CLAIM_MISSING
+
+
+LIMITS = CanaryLimits(refusal_step=0.02, refusal_anchor=0.1, safe_step=0.02, safe_anchor=0.1)
+
+
+class Told:
+    """A measure with known losses: the mean of the adapter's values is the rise of the refusal loss."""
+
+    def __call__(self, adapters: list[dict[str, NDArray[np.float32]]]) -> list[Losses]:
+        return [Losses(1.0 + float(a["model.layers.0.q_proj.lora_A.weight"].mean()), 0.5) for a in adapters]
+
+
+def test_canary_refuses_what_strips_refusals_now_or_slowly() -> None:
+    canary = Canary(Told(), LIMITS)  # type: ignore[arg-type]
+    rd = a_round(update("ok", tensors(0.01)), update("bad", tensors(0.03)), update("healer", tensors(-0.3)))
+    assert [v.weight for v in canary.screen(rd, {})[0]] == [1.0, 0.0, 1.0]
+    # a slow poisoner: each step is small, but the start has already moved 0.095 from the anchor
+    slow = Round(index=9, start=tensors(0.095), initial=tensors(), updates=(update("slow", tensors(0.11)),))
+    assert canary.screen(slow, {})[0][0].weight == 0.0
+    # an honest client who moves back is not punished for where the others went
+    back = Round(index=9, start=tensors(0.2), initial=tensors(), updates=(update("back", tensors(0.19)),))
+    assert canary.screen(back, {})[0][0].weight == 1.0
+
+
+def test_gate_rolls_back_an_aggregate_that_strips_refusals() -> None:
+    gate = Gate(Told(), LIMITS)  # type: ignore[arg-type]
+    assert gate.check(tensors(0.01), tensors(), tensors()).passed
+    assert not gate.check(tensors(0.03), tensors(), tensors()).passed
+
+
+def test_rise_of_safe_answers_goes_to_review_with_a_graded_weight() -> None:
+    rise = Rise.of(Losses(1.0, 0.54), Losses(1.0, 0.5), Losses(1.0, 0.5))
+    assert rise.harm(LIMITS) <= 1
+    assert rise.waste(LIMITS) == pytest.approx(2.0)
+
+
+def test_make_knows_its_screens() -> None:
+    assert screens.make("norm", limit_of_round=lambda index: 1.0).name == "norm"
+    with pytest.raises(ConfigError, match="unknown screen 'nrom'; known: structure, norm"):
+        screens.make("nrom")
+
+
+def test_detection_metrics_against_scikit_learn() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        truth = rng.random(60) < 0.4
+        score = np.round(rng.random(60) + 0.4 * truth, 1)  # with ties
+        assert auroc(score.tolist(), truth.tolist()) == pytest.approx(roc_auc_score(truth, score))
+    assert auroc([1.0, 2.0], [False, False]) is None
+    # 100 honest scores 0..99: one of them may lie above the threshold, so 98 is the threshold
+    honest, bad = list(range(100)), [98.0, 98.5, 99.5]
+    assert tpr_at_fpr([*honest, *bad], [False] * 100 + [True] * 3) == pytest.approx(2 / 3)
