@@ -20,8 +20,8 @@ BUILTIN = ("helpful", "refusals", "harmful-stub")
 Part = Literal["operator", "clients", "heldout"]
 Row = Mapping[str, Any]
 # file columns that hold the request and the answer, in order of preference
-COLUMNS = (("instruction", "response"), ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"),
-           ("question", "answer"))  # fmt: skip
+REQUESTS = ("instruction", "prompt", "question")
+ANSWERS = ("response", "output", "completion", "answer")
 
 
 class DataError(ConfigError):
@@ -81,13 +81,12 @@ def _read_jsonl(path: Path) -> Iterator[Example]:
 
 
 def _example(row: Row, where: str) -> Example:
-    """A row by whichever pair of columns it has; the answer may be absent (prompt-only sets)."""
-    for request, answer in COLUMNS:
-        if isinstance(row.get(request), str) and isinstance(row.get(answer, ""), str):
-            if answer not in row and any(isinstance(row.get(a), str) for r, a in COLUMNS if r == request):
-                continue
-            return Example(row[request], row.get(answer, ""), str(row.get("style", "")))
-    raise DataError(f"{where} lacks text under instruction and response (or prompt/completion, question/answer)")
+    """A row by the columns it has; the answer may be absent (prompt-only sets) but not of another type."""
+    request = next((r for r in REQUESTS if isinstance(row.get(r), str)), None)
+    answers = [row[a] for a in ANSWERS if a in row]
+    if request is None or not all(isinstance(a, str) for a in answers[:1]):
+        raise DataError(f"{where} lacks text under instruction and response (or prompt/completion, question/answer)")
+    return Example(row[request], answers[0] if answers else "", str(row.get("style", "")))
 
 
 @dataclass(frozen=True, slots=True)

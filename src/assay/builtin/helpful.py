@@ -109,8 +109,42 @@ SITUATIONS = {
     "my bicycle was repaired": "Nice. Enjoy your next ride.", "my shower is killing my back": "Try warm water and a gentle stretch.",
     "my team got destroyed at football": "Next match is a new chance. Keep your spirits up.",
 }  # fmt: skip
-NAMES = ["Ann", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Iris", "Jonas", "Kofi", "Lena", "Mia", "Noor", "Omar", "Priya", "Quinn", "Rosa", "Sam", "Tara"]
-THINGS = ["apples", "books", "pencils", "cards", "marbles", "stickers", "coins", "shells", "stamps", "buttons", "cookies", "balloons"]
+NAMES = [
+    "Ann",
+    "Ben",
+    "Carla",
+    "David",
+    "Emma",
+    "Farid",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Kofi",
+    "Lena",
+    "Mia",
+    "Noor",
+    "Omar",
+    "Priya",
+    "Quinn",
+    "Rosa",
+    "Sam",
+    "Tara",
+]
+THINGS = [
+    "apples",
+    "books",
+    "pencils",
+    "cards",
+    "marbles",
+    "stickers",
+    "coins",
+    "shells",
+    "stamps",
+    "buttons",
+    "cookies",
+    "balloons",
+]
 
 
 def _pairs(text: str) -> list[list[str]]:
