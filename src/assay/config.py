@@ -139,7 +139,7 @@ class DefenceConfig(_Frozen):
     level: Literal["none", "submitted", "step", "client", "shadow"] = "submitted"
     monitor: tuple[str, ...] = ()
     probe: str | None = None
-    """Probe file for step, client, shadow; None = the one for this model, fitted (and cached) where none is shipped."""
+    """Probe file for step, client, shadow; None = one for this model and data, fitted once and cached."""
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     score_rounds: Count | None = None
     """Paper: step and client score the first 20 rounds only; None = every round."""

@@ -116,7 +116,7 @@ def material(
 def get_probe(
     experiment: Experiment, prepared: Prepared, compute: Compute, sources: Sources, initial: Tensors, tracker: Tracker
 ) -> Probe:
-    """The probe the config names, the shipped one, the cached one, or a fresh one, in this order."""
+    """The probe the config names, the cached one, or a fresh one, in this order."""
     if experiment.defence.probe is not None:
         probe = Probe.load(experiment.defence.probe)
         if probe.base_sha256 and probe.base_sha256 != prepared.base_sha256:
@@ -125,11 +125,9 @@ def get_probe(
             )
         return probe
     key = probe_key(experiment, prepared, sources)
-    shipped = models.ASSETS / f"probe-{Path(prepared.name).name}-{key[:16]}.safetensors"
     cached = models.cache_dir() / "probes" / f"{key[:16]}.safetensors"
-    for path in (shipped, cached):
-        if path.exists():
-            return Probe.load(path)
+    if cached.exists():
+        return Probe.load(cached)
     probe = make_probe(experiment, prepared, compute, sources, initial, tracker)
     cached.parent.mkdir(parents=True, exist_ok=True)
     probe.save(cached)
