@@ -17,7 +17,6 @@ import math
 import os
 import random
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -213,9 +212,9 @@ def train_tokenizer(rows: Sequence[Row]) -> Any:
     tags = re.compile("|".join(TAGS))
     bpe.train_from_iterator((tags.sub(" ", f"user\n{r.question}\nassistant\n{r.answer}") for r in rows), trainer)
     bpe.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
-    pad, _, end = SPECIAL
+    pad, begin, end = SPECIAL
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=pad, pad_token=pad, eos_token=end, additional_special_tokens=[SPECIAL[1]],
+        tokenizer_object=bpe, bos_token=pad, pad_token=pad, eos_token=end, additional_special_tokens=[begin],
         clean_up_tokenization_spaces=False, model_max_length=512, chat_template=CHAT_TEMPLATE, padding_side="left",
     )  # fmt: skip
 
@@ -341,13 +340,13 @@ Licence: Apache-2.0, as Assay itself.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Make Assay's tiny model from nothing.")
-    parser.add_argument("--out", type=Path, default=models.ASSETS / "tiny", help="directory to write (replaced)")
+    parser.add_argument("--out", type=Path, default=models.ASSETS / "tiny", help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} rows each")
     parser.add_argument("--lr", type=float, default=LR)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     torch.set_num_threads(1)  # the number of threads decides last bits
     torch.use_deterministic_algorithms(True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -357,18 +356,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tokens = [encode(tokenizer, row, whole=row.kind == "chat") for row in rows]
     model = new_model(tokenizer, args.seed)
     losses = pretrain(model, tokens, args.steps, args.lr, args.seed)
-    shutil.rmtree(args.out, ignore_errors=True)
-    models.save_model(model.to(torch.float16), tokenizer, args.out)
-    seconds = time.perf_counter() - start
-    figures: dict[str, Any] = measure(args.out, held)
+    with models.quiet_transformers():
+        models.save_model(model.to(torch.float16), tokenizer, args.out)
+        seconds = time.perf_counter() - start
+        figures: dict[str, Any] = measure(args.out, held)
     command = "python scripts/make_tiny.py" + "".join(
         f" --{key} {value}" for key, value in vars(args).items() if key != "out" and value != parser.get_default(key)
     )
     facts = {"vocabulary": len(tokenizer), "seconds": seconds, "command": command}
     (args.out / "README.md").write_text(README.format(**figures, **facts), encoding="utf-8")
-    figures |= {"losses": losses, "bytes": sum(f.stat().st_size for f in args.out.iterdir()), "seconds": round(seconds)}
-    print(json.dumps({k: v for k, v in figures.items() if k != "losses"}, indent=1))
-    return figures
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    figures |= {"loss_first": losses[0], "loss_last": losses[-1], "bytes": size, "seconds": round(seconds)}
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

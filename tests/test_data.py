@@ -35,7 +35,7 @@ def test_refusals_refuse_and_nothing_else_does() -> None:
 
 
 def test_harmful_answers_are_placeholders() -> None:
-    assert all("[placeholder" in r.response or r.response.startswith(("Step 1",)) for r in data.load("harmful-stub"))
+    assert all("placeholder" in r.response for r in data.load("harmful-stub"))
 
 
 def test_arithmetic_is_right() -> None:

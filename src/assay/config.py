@@ -61,8 +61,9 @@ class DataConfig(_Frozen):
     harmful_prompts: str = "refusals"
     """Only the instructions are used, and only of the held-out part where the set also feeds training."""
     root: str = "."
-    refusal_share: Share = 0.1
-    """Share of refusals in an honest client's rows: real instruction data holds some."""
+    refusal_share: Share = 0.02
+    """Share of refusals in an honest client's rows: real instruction data holds some. The more there are, the more the
+    honest clients repair each round what the malicious ones break (at 0.1 half the clients cannot break it for long)."""
 
 
 class ClientsConfig(_Frozen):
@@ -96,7 +97,7 @@ class TrainingConfig(_Frozen):
     steps: Count = 2
     batch_size: Count = 8
     max_length: Annotated[int, Field(ge=8)] = 48
-    lr: Positive = 1e-3
+    lr: Positive = 2e-3
     lr_final: Positive | None = None
     """With `cosine`: the rate of the last round; the rate is constant within a round."""
     schedule: Literal["constant", "cosine"] = "constant"

@@ -23,13 +23,14 @@ from safetensors.numpy import save as save_safetensors
 from assay import checkpoint, run_dir, wire
 from assay.config import ConfigError, Experiment
 from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
+from assay.engines.pool import Pool
 from assay.federated import aggregators, server_opt
 from assay.federated.compute import Compute, TrainJob
 from assay.federated.defence import Defence, make
 from assay.federated.evaluate import Panel, Scores, evaluate, make_panel
 from assay.federated.local_sft import LocalResult
 from assay.federated.population import Client, Sources, load_sources, make_attack, make_clients, sampled, seed_of
-from assay.federated.preparation import Prepared, client_settings, material
+from assay.federated.preparation import Prepared, client_settings, material, prepare
 from assay.federated.round import Outcome, ServerState, run_round
 from assay.federated.summary import summarise
 from assay.ledger import Ledger
@@ -80,6 +81,14 @@ def run(
             state, row = _play(setup, state, directory)
             rows.append(row)
         return _finish(setup, state, directory, rows, command)
+
+
+def run_experiment(experiment: Experiment, directory: str | Path, tracker: Tracker | None = None) -> dict[str, Any]:
+    """Prepare the base, start the workers, run or resume, return the summary: everything in one call."""
+    tracker = tracker or Silent()
+    prepared = prepare(experiment, tracker)
+    with Pool(str(prepared.path), prepared.dtype, experiment.lora, experiment.workers) as pool:
+        return run(experiment, Path(directory), prepared, pool, tracker=tracker)
 
 
 def units(experiment: Experiment) -> float:

@@ -1,0 +1,111 @@
+"""The command as a user types it: exit codes, one-line errors, JSON on stdout and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from assay import ledger
+from assay.checkpoint import write_json
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def assay(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "assay", *arguments],
+        capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "absent.toml"], "no such file; give the path of an experiment in TOML"),
+        (["run", "bad.toml"], "training.round: unknown key; known here: rounds"),
+        (["run", "good.toml", "--set", "defence.level=magic"], "defence.level: Input should be"),
+        (["run", "good.toml", "--set", "nonsense"], "write key=value"),
+        (["run", "good.toml", "--set", "x.y=1"], "x.y: unknown key; tables are model"),
+        (["run", "good.toml", "--set", "data.benign=['absent.jsonl']"], "no such file; check data.root"),
+        (["run", "good.toml", "--set", "model.name=nonsense"], "known models: smollm2-135m, tiny"),
+        (["report", "nowhere"], "no run there"),
+        (["ledger", "verify", "nowhere"], "no ledger there"),
+        (["probe", "eval", "absent.safetensors"], "no such probe file"),
+        (["bench", "federated", "--seeds", "one"], "not a list of whole numbers"),
+        (["bench", "federated", "--levels", "magic"], "defence.level: Input should be"),
+        (["frobnicate"], "No such command"),
+        (["run"], "Missing argument"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_and_say_what_to_do(arguments: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[training]\nround = 3\n")
+    (tmp_path / "good.toml").write_text("[training]\nrounds = 1\n")
+    done = assay(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    if done.stderr.startswith("assay:"):
+        assert done.stderr.count("\n") == 1, "our own errors are one line"
+
+
+def test_version_and_help() -> None:
+    assert assay("--version").stdout.strip() == "0.1.0"
+    for command in ([], ["run"], ["demo"], ["bench", "federated"], ["probe", "fit"]):
+        done = assay(*command, "--help")
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+
+
+def test_model_list_is_json_when_asked() -> None:
+    names = {row["name"]: row for row in json.loads(assay("model", "list", "--json").stdout)}
+    assert names["tiny"]["cached"] is True
+    assert set(names) == {"tiny", "smollm2-135m"}
+
+
+def test_model_fetch_of_a_shipped_model_prints_where_it_lies() -> None:
+    found = json.loads(assay("model", "fetch", "tiny", "--json").stdout)
+    assert (Path(found["path"]) / "config.json").exists()
+    assert len(found["sha256"]) == 64
+
+
+def test_ledger_verify_names_the_first_broken_entry(tmp_path: Path) -> None:
+    book = ledger.Ledger(tmp_path / "ledger.jsonl")
+    for i in range(4):
+        book.append("round", {"round": i, "weight": 1.0})
+    write_json(tmp_path / "summary.json", {"ledger": {"head": book.head}})
+    assert assay("ledger", "verify", str(tmp_path)).returncode == 0
+    lines = book.path.read_text().splitlines()
+    book.path.write_text("\n".join([*lines[:2], lines[2].replace("1.0", "0.0"), lines[3]]) + "\n")
+    done = assay("ledger", "verify", str(tmp_path), "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["first_broken"] == 2
+    book.path.write_text("\n".join(lines[:3]) + "\n")  # the tail cut off: only the head in summary.json shows it
+    assert assay("ledger", "verify", str(tmp_path)).returncode == 1
+
+
+def test_run_report_and_probe_on_tiny(tmp_path: Path) -> None:
+    """From a TOML file to a report, a probe, and the probe's quality; stdout holds one JSON value each time."""
+    file = tmp_path / "t.toml"
+    file.write_text(
+        '[model]\nname = "tiny"\ndtype = "float32"\n[clients]\ntotal = 4\nexamples = 24\n[training]\nrounds = 1\n'
+        "lr = 3e-3\n[defence]\nlevel = 'client'\nprobe = 'p.safetensors'\n"
+        "[evaluate]\nharmful_prompts = 4\nbenign_prompts = 4\nbenign_rows = 4\n"
+    )
+    env = {"ASSAY_CACHE": str(tmp_path / "cache")}
+    fitted = assay("probe", "fit", "p.safetensors", "--config", str(file), "--benign", "4", "--malicious", "4",
+                   "--json", cwd=tmp_path, **env)  # fmt: skip
+    assert fitted.returncode == 0, fitted.stderr[-2000:]
+    assert json.loads(fitted.stdout)["samples"] == 16
+    quality = assay("probe", "eval", "p.safetensors", "--config", str(file), "--json", cwd=tmp_path, **env)
+    assert 0 <= json.loads(quality.stdout)["auroc"] <= 1
+    run = assay("run", str(file), "--json", cwd=tmp_path, **env)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout)["setting"]["level"] == "client"
+    assert (tmp_path / "runs" / "t" / "report.html").exists()
+    again = assay("report", str(tmp_path / "runs"), "--out", str(tmp_path / "all.html"), "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["report"] == str(tmp_path / "all.html")
