@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
     "workers": 2,
     "model": {"name": "tiny", "dtype": "float32"},
     "clients": {"total": 4, "malicious": 0.5, "examples": 40},
-    "training": {"rounds": 3, "steps": 4, "lr": 3e-3},
+    "training": {"rounds": 3, "steps": 6, "lr": 1e-2},
     "defence": {"rehearsal": {"rounds": 2, "examples": 40}, "canary": {"refusals": 8, "safe": 4}},
     "evaluate": {"harmful_prompts": 20, "benign_prompts": 20, "benign_rows": 16},
 }
@@ -187,7 +187,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_end(
     file = tmp_path / "small.toml"
     file.write_text(
         'name = "small"\n[model]\nname = "tiny"\ndtype = "float32"\n'
-        "[clients]\ntotal = 4\nmalicious = 0.5\nexamples = 40\n[training]\nrounds = 3\nsteps = 4\nlr = 3e-3\n"
+        "[clients]\ntotal = 4\nmalicious = 0.5\nexamples = 40\n[training]\nrounds = 3\nsteps = 6\nlr = 1e-2\n"
         "[defence.rehearsal]\nrounds = 2\nexamples = 40\n[defence.canary]\nrefusals = 8\nsafe = 4\n"
         "[evaluate]\nharmful_prompts = 20\nbenign_prompts = 20\nbenign_rows = 16\n"
     )

@@ -116,11 +116,12 @@ def load(name: str, dtype: str = "auto", say: Say = lambda text: None) -> Base:
     path = resolve(name, say)
     dtype = resolve_dtype(dtype)
     try:
-        # eager attention: 8 % faster than SDPA in the backward pass on a CPU at these lengths
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="eager", use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with quiet_transformers():
+            # eager attention: 8 % faster than SDPA in the backward pass on a CPU at these lengths
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), attn_implementation="eager", use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name}: Transformers cannot load {path}: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token_id is None:
@@ -173,8 +174,9 @@ def building(target: Path) -> Iterator[Path]:
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """A Transformers safetensors directory."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _smollm2_dir() -> Path:

@@ -35,8 +35,7 @@ def _start(model: str, dtype: str, lora: LoraSettings, parent: int, threads: int
     global _serial
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
-    with models.quiet_transformers():
-        _serial = compute.Serial(Carrier(models.load(model, dtype), lora))
+    _serial = compute.Serial(Carrier(models.load(model, dtype), lora))
 
 
 def _watch(parent: int) -> None:
