@@ -6,16 +6,16 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
-# one thread per worker process; tests that use several set it themselves
 FAST := -m "not slow"
 
-.PHONY: help install demo test test-slow check format bench clean
+.PHONY: help install demo test test-slow check format tables clean
 help:
 	@echo "make demo       install, then poison and defend a small model; ends with a report"
 	@echo "make test       the fast tests (under 10 minutes)"
 	@echo "make test-slow  real-model end-to-end tests (about half an hour)"
 	@echo "make check      ruff, mypy, import directions"
 	@echo "make format     let ruff rewrite"
+	@echo "make tables     regenerate the tables of the docs from results/"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -42,11 +42,15 @@ check: $(STAMP)
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/ruff format --check src tests scripts
 	$(BIN)/mypy
+	$(BIN)/python -m assay.bench.tables --check
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 format: $(STAMP)
 	$(BIN)/ruff format src tests scripts
 	$(BIN)/ruff check --fix src tests scripts
+
+tables: $(STAMP)
+	$(BIN)/python -m assay.bench.tables
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

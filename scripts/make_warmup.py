@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from assay import models
+from assay import data, models
+from assay.checkpoint import write_json
 from assay.config import parse
 from assay.federated.population import load_sources
 from assay.federated.preparation import warmup_settings
@@ -37,6 +38,14 @@ def main() -> None:
         old.unlink()
     path = args.out / f"warmup-{Path(args.model).name}-{key[:16]}.safetensors"
     save_file(tensors, path)
+    path.chmod(0o644)
+    note = {
+        "model": args.model,
+        "key": key,
+        "rows_sha256": data.fingerprint(rows),
+        "command": "python scripts/make_warmup.py",
+    }
+    write_json(args.out / "warmup.json", note)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {time.perf_counter() - started:.0f} s")
 
 

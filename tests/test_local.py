@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,34 @@ from assay.engines.pool import Pool
 from assay.federated.preparation import Prepared, prepare
 from assay.progress import Silent
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "workers": 2,
-    "model": {"name": "tiny", "dtype": "float32"},
-    "clients": {"total": 4, "malicious": 0.5, "examples": 40},
-    "training": {"rounds": 3, "steps": 6, "lr": 1e-2},
-    "defence": {"rehearsal": {"rounds": 2, "examples": 40}, "canary": {"refusals": 8, "safe": 4}},
-    "evaluate": {"harmful_prompts": 20, "benign_prompts": 20, "benign_rows": 16},
-}
+# tiny's updates are noisy: its canary needs wider limits than the default model's
+TOML = """
+name = "small"
+workers = 2
+[model]
+name = "tiny"
+dtype = "float32"
+[clients]
+total = 6
+malicious = 0.5
+examples = 40
+[training]
+rounds = 3
+steps = 6
+lr = 1e-2
+[defence.rehearsal]
+rounds = 2
+examples = 40
+[defence.canary]
+refusals = 16
+safe = 8
+floor = 0.2
+anchor_floor = 0.3
+[evaluate]
+harmful_prompts = 20
+benign_prompts = 20
+benign_rows = 16
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +65,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def small() -> Experiment:
-    return parse(SMALL)
+    return parse(tomllib.loads(TOML))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +117,7 @@ def test_a_run_directory_explains_itself(whole: Path, small: Experiment) -> None
     assert [b["model_before"] for b in rounds[1:]] == [b["model_after"] for b in rounds[:-1]]
     assert entries[-1]["body"]["model"] == rounds[-1]["model_after"]
     for body in rounds:
-        assert len(body["contributions"]) == 4
+        assert len(body["contributions"]) == 6
         assert {v["contribution"] for v in body["verdicts"]} == {c["sha256"] for c in body["contributions"]}
 
 
@@ -162,7 +182,7 @@ def test_more_attackers_than_an_aggregator_bears_skip_the_round(
     tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
 ) -> None:
     changed = small.changed(name="krum", defence__level="none", training__rounds=1, aggregation__name="krum")
-    changed = changed.changed(aggregation__params={"f": 1})  # 4 clients, 2f + 3 = 5 needed
+    changed = changed.changed(aggregation__params={"f": 2})  # 6 clients, 2f + 3 = 7 needed
     summary = local.run(changed, tmp_path / "krum", prepared, pool)
     assert summary["outcomes"] == {"skipped": 1}
     body = json.loads((tmp_path / "krum" / run_dir.LEDGER).read_text().splitlines()[1])["body"]
@@ -171,7 +191,7 @@ def test_more_attackers_than_an_aggregator_bears_skip_the_round(
 
 
 def test_too_few_rows_say_which_set(tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool) -> None:
-    with pytest.raises(ConfigError, match=r"data\.benign: its clients' part has"):
+    with pytest.raises(ConfigError, match=r"data\.(benign|malicious): its clients. part has"):
         local.run(small.changed(name="many", clients__total=400), tmp_path / "many", prepared, pool)
 
 
@@ -185,16 +205,11 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_end(
 ) -> None:
     """SIGKILL at random moments until the run gets through; its ledger must equal the unbroken run's byte for byte."""
     file = tmp_path / "small.toml"
-    file.write_text(
-        'name = "small"\n[model]\nname = "tiny"\ndtype = "float32"\n'
-        "[clients]\ntotal = 4\nmalicious = 0.5\nexamples = 40\n[training]\nrounds = 3\nsteps = 6\nlr = 1e-2\n"
-        "[defence.rehearsal]\nrounds = 2\nexamples = 40\n[defence.canary]\nrefusals = 8\nsafe = 4\n"
-        "[evaluate]\nharmful_prompts = 20\nbenign_prompts = 20\nbenign_rows = 16\n"
-    )
+    file.write_text(TOML)
     out, rng, kills = tmp_path / "out", random.Random(0), 0
     while kills < 4:
         process = assay("run", str(file), "--out", str(out), "--json")
-        time.sleep(rng.uniform(6.0, 14.0))
+        time.sleep(rng.uniform(4.0, 9.0))
         if process.poll() is not None:
             break
         os.kill(process.pid, signal.SIGKILL)

@@ -120,6 +120,10 @@ class CanaryConfig(_Frozen):
 
     refusals: Count = 16
     safe: Count = 8
+    floor: Positive = 0.02
+    """Smallest limit in nats on the rise in one round; since round 0: `anchor_floor`. Rehearsed rises can be all
+    negative. Lower costs honest rounds (0.011 did), higher lets more harm through before the canary speaks."""
+    anchor_floor: Positive = 0.05
     seed: int | None = None
     """None: drawn from the run's seed (simulation). In a real run set it and keep it secret."""
 

@@ -22,9 +22,10 @@ def variants(base: Experiment, levels: Iterable[str] = DEMO_LEVELS, suffix: str 
 
 
 def suite(base: Experiment, levels: Iterable[str], seeds: Sequence[int]) -> list[Experiment]:
-    """The variants for every seed; names carry the seed."""
+    """The variants for every seed; names carry the seed where there are several (one seed: the demo's own names)."""
     levels = tuple(levels)
-    return [v for seed in seeds for v in variants(base.changed(seed=seed), levels, f".seed{seed}")]
+    several = len(seeds) > 1
+    return [v for seed in seeds for v in variants(base.changed(seed=seed), levels, f".seed{seed}" if several else "")]
 
 
 def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:

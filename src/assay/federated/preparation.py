@@ -25,7 +25,7 @@ from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse
 from assay.federated.warmup import Aligned, WarmupSettings, aligned, rows_for
 from assay.progress import Tracker
 
-RECIPE = 1  # raise when collect, rehearsal or features change: part of every cache key
+RECIPE = 2  # raise when collect, rehearsal or features change: part of every cache key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

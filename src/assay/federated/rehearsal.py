@@ -37,11 +37,10 @@ from assay.metrics import auroc
 
 FORMAT = "assay.rehearsal/1"
 MIXED = "mixed"
-FLOOR = 0.02
-"""Smallest canary limit in nats. Rehearsed rises can be all negative; .011 cost honest rounds, .02 did not (LAB)."""
-PROBE_FLOOR, NEIGHBOUR_FLOOR = 0.0, 1.0
-"""An update that the probe finds more likely benign, or that lies nearer to benign ones, is never refused by a filter:
-rehearsal on narrow data must not turn strangers away, and the canary looks at them all the same."""
+PROBE_FLOOR, NEIGHBOUR_FLOOR = 1.3, 1.15
+"""Smallest limits of the filters (a logit, a ratio of distances): rehearsal on narrow data must not turn strangers
+away. Plain attackers lie far above (7 and 2 on the default model), honest strangers stayed below, and the canary looks
+at everybody all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,10 +230,16 @@ def _calibrate(
     probe = fit(x_MD, malicious_M, "all_b", base_sha256=base_sha256)
     logit_M[malicious_M] = probe.logits(x_MD[malicious_M])
     honest = [r for r, bad in zip(rises, malicious_M) if not bad]
+    config = experiment.defence.canary
     limits = CanaryLimits(
         **{
-            key: max(FLOOR, limit_of([getattr(r, key) for r in honest], margin))
-            for key in ("refusal_step", "refusal_anchor", "safe_step", "safe_anchor")
+            key: max(floor, limit_of([getattr(r, key) for r in honest], margin))
+            for key, floor in (
+                ("refusal_step", config.floor),
+                ("refusal_anchor", config.anchor_floor),
+                ("safe_step", config.floor),
+                ("safe_anchor", config.anchor_floor),
+            )
         }
     )
     harm = [r.harm(limits) for r in rises]
