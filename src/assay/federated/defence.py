@@ -60,16 +60,17 @@ def submitted(experiment: Experiment, material: Material) -> Defence:
     """Structure, norm, duplicates, cheap filters, the canary on every client and the gate on the aggregate."""
     config = experiment.defence
     rehearsal, measure = material.rehearsal()
+    limits = rehearsal.canary_limits(config.canary)
     screens: tuple[Screen, ...] = (
         Structure(),
         Norm(lambda r: rehearsal.norm_limit(r, material.lr_of_round(r)), config.norm_clip, config.norm_refuse),
         Duplicate(),
         ProbeFilter(rehearsal.probe, rehearsal.probe_limit),
         Neighbours(rehearsal.bank_MD, rehearsal.malicious_M, rehearsal.neighbour_limit, config.neighbours),
-        Canary(measure, rehearsal.canary),
+        Canary(measure, limits),
     )
     # no floor on the mean weight: a malicious majority at weight 0 must not be able to stop the training
-    return Defence(level="submitted", screens=screens, gate=Gate(measure, rehearsal.canary))
+    return Defence(level="submitted", screens=screens, gate=Gate(measure, limits))
 
 
 def step(experiment: Experiment, material: Material) -> Defence:

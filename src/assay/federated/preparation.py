@@ -25,7 +25,7 @@ from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse
 from assay.federated.warmup import Aligned, WarmupSettings, aligned, rows_for
 from assay.progress import Tracker
 
-RECIPE = 2  # raise when collect, rehearsal or features change: part of every cache key
+RECIPE = 3  # raise when collect, rehearsal or features change: part of every cache key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +197,7 @@ def probe_key(experiment: Experiment, prepared: Prepared, sources: Sources) -> s
 def rehearsal_key(experiment: Experiment, prepared: Prepared, sources: Sources) -> str:
     config = experiment.defence
     rehearsed = {
-        "canary": config.canary.model_dump(),
+        "canary": config.canary.model_dump(exclude={"floor", "anchor_floor"}),
         "rehearsal": config.rehearsal.model_dump(),
         "neighbours": config.neighbours,
         "seed": experiment.seed,

@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_safetensors
 
 from assay import data
 from assay.checkpoint import write_atomic
-from assay.config import ConfigError, Experiment
+from assay.config import CanaryConfig, ConfigError, Experiment
 from assay.contribution import Tensors, flatten, unflatten
 from assay.data import Example
 from assay.federated.canary import CanaryLimits, Measure, Rise
@@ -64,6 +64,16 @@ class Rehearsal:
         """
         at = min(round, len(self.norm_by_round)) - 1
         return self.norm_by_round[at] * lr / self.lr_by_round[at]
+
+    def canary_limits(self, floors: CanaryConfig) -> CanaryLimits:
+        """The rehearsed limits, none below its floor (they can be negative: honest training may help refusals)."""
+        raw = self.canary
+        return CanaryLimits(
+            refusal_step=max(floors.floor, raw.refusal_step),
+            refusal_anchor=max(floors.anchor_floor, raw.refusal_anchor),
+            safe_step=max(floors.floor, raw.safe_step),
+            safe_anchor=max(floors.anchor_floor, raw.safe_anchor),
+        )
 
     def save(self, path: Path) -> None:
         header = {
@@ -121,7 +131,6 @@ def operator_rows(sources: Sources) -> tuple[list[Example], list[Example], list[
 
 def canary_rows(experiment: Experiment, sources: Sources) -> tuple[list[Example], list[Example]]:
     """The server's secret refusals and safe rows. They are kept out of the rehearsal's training rows."""
-    config = experiment.defence.canary
     benign, refusals, _ = operator_rows(sources)
     seed = seed_of("canary", experiment.seed if config.seed is None else config.seed)
     chosen = data.shuffled(refusals, seed)[: config.refusals], data.shuffled(benign, seed)[: config.safe]
@@ -233,16 +242,11 @@ def _calibrate(
     config = experiment.defence.canary
     limits = CanaryLimits(
         **{
-            key: max(floor, limit_of([getattr(r, key) for r in honest], margin))
-            for key, floor in (
-                ("refusal_step", config.floor),
-                ("refusal_anchor", config.anchor_floor),
-                ("safe_step", config.floor),
-                ("safe_anchor", config.anchor_floor),
-            )
+            key: limit_of([getattr(r, key) for r in honest], margin)
+            for key in ("refusal_step", "refusal_anchor", "safe_step", "safe_anchor")
         }
     )
-    harm = [r.harm(limits) for r in rises]
+    harm = [r.refusal_step for r in rises]
     return Rehearsal(
         bank_MD=bank_MD,
         malicious_M=malicious_M,
