@@ -131,6 +131,7 @@ def operator_rows(sources: Sources) -> tuple[list[Example], list[Example], list[
 
 def canary_rows(experiment: Experiment, sources: Sources) -> tuple[list[Example], list[Example]]:
     """The server's secret refusals and safe rows. They are kept out of the rehearsal's training rows."""
+    config = experiment.defence.canary
     benign, refusals, _ = operator_rows(sources)
     seed = seed_of("canary", experiment.seed if config.seed is None else config.seed)
     chosen = data.shuffled(refusals, seed)[: config.refusals], data.shuffled(benign, seed)[: config.safe]
@@ -239,7 +240,6 @@ def _calibrate(
     probe = fit(x_MD, malicious_M, "all_b", base_sha256=base_sha256)
     logit_M[malicious_M] = probe.logits(x_MD[malicious_M])
     honest = [r for r, bad in zip(rises, malicious_M) if not bad]
-    config = experiment.defence.canary
     limits = CanaryLimits(
         **{
             key: limit_of([getattr(r, key) for r in honest], margin)
