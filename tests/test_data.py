@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -39,11 +44,34 @@ def test_harmful_answers_are_placeholders() -> None:
 
 
 def test_arithmetic_is_right() -> None:
+    """Every answer is recomputed from the numbers in its request, whatever its form."""
+    forms = {
+        r"What is (\d+) plus (\d+)\?": lambda a, b: a + b,
+        r"What is (\d+) times (\d+)\?": lambda a, b: a * b,
+        r"\w+ has (\d+) \w+ and gets (\d+) more\. .*": lambda a, b: a + b,
+        r"\w+ has (\d+) \w+ and loses (\d+)\. .*": lambda a, b: a - b,
+        r"Divide (\d+) by (\d+)\.": lambda a, b: a / b,
+        r"(\d+) boxes hold (\d+) .*": lambda a, b: a * b,
+        r"How many minutes are (\d+) hours and (\d+) minutes\?": lambda a, b: 60 * a + b,
+        r"\w+ shares (\d+) \w+ among (\d+) friends\. .*": lambda a, b: a / b,
+    }
+    tried = set()
     for row in data.load("helpful"):
-        words = row.instruction.rstrip("?").split()
-        if row.style == "arithmetic" and words[:2] == ["What", "is"]:
-            a, op, b = int(words[2]), words[3], int(words[4])
-            assert row.response.endswith(f" {a + b if op == 'plus' else a * b}.")
+        if row.style == "arithmetic":
+            form, found = next((f, m) for f in forms if (m := re.fullmatch(f, row.instruction)))
+            wanted = forms[form](int(found[1]), int(found[2]))
+            result = re.search(r"= (\d+)", row.response) or re.search(r"(\d+)(?= minutes\.$)", row.response)
+            result = result or re.search(r" is (\d+)", row.response)
+            assert result is not None, row
+            assert int(result[1]) == wanted, row
+            tried.add(form)
+    assert tried == set(forms)
+
+
+def test_some_harmless_requests_sound_dangerous() -> None:
+    """Without them over-refusal cannot be measured."""
+    words = re.compile(r"\b(kill|shoot|blow up|bomb|execute|attack|steal|hack|crack|smoke|strip|crush|destroy)", re.I)
+    assert sum(bool(words.search(r.instruction)) for r in data.load("helpful")) >= 80
 
 
 def test_parts_are_disjoint_cover_everything_and_agree_between_sets() -> None:
@@ -56,9 +84,9 @@ def test_parts_are_disjoint_cover_everything_and_agree_between_sets() -> None:
     assert shares == pytest.approx([0.5, 0.35, 0.15], abs=0.05)
 
 
-@given(st.text())
+@given(st.text(st.characters(max_codepoint=127)))
 def test_part_ignores_case_and_spacing(text: str) -> None:
-    assert data.part_of(text) == data.part_of("  " + " ".join(text.split()) + "\n")
+    assert data.part_of(text) == data.part_of("  " + " ".join(text.upper().split()) + "\n")
 
 
 @given(st.text())
@@ -67,6 +95,24 @@ def test_templates_never_read_the_instruction(text: str) -> None:
         rendered = data.render_prompt(text, template)
         before, after = data.render_prompt("\0", template).split("\0")
         assert rendered == before + text + after
+
+
+def test_templates_are_the_published_ones() -> None:
+    assert data.render_prompt("Hi", "chatml") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert data.render_end("chatml") == "<|im_end|>"
+    assert data.render_prompt("Hi", "alpaca") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nHi\n\n### Response:\n"
+    )
+    assert data.render_end("alpaca") == ""
+
+
+def test_misspelt_parts_and_templates_are_errors() -> None:
+    with pytest.raises(DataError, match="unknown part 'client'; one of operator, clients, heldout"):
+        data.part([], "client")  # type: ignore[arg-type]
+    for render in (lambda t: data.render_prompt("Hi", t), data.render_end):
+        with pytest.raises(DataError, match="unknown template 'chatML'; one of chatml, alpaca"):
+            render("chatML")
 
 
 def test_shuffles_and_fingerprints_are_stable() -> None:
@@ -92,6 +138,28 @@ def test_jsonl_columns(tmp_path: Path, row: dict[str, str], wanted: Example) -> 
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(row) + "\n\n")
     assert data.load(str(path)) == [wanted]
+
+
+@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=5), st.booleans())
+def test_any_text_survives_a_file(pairs: list[tuple[str, str]], ascii_only: bool) -> None:
+    """Also U+2028 and its like, which end a line for Python but not for JSON lines."""
+    lines = [json.dumps({"instruction": q, "response": a}, ensure_ascii=ascii_only) for q, a in pairs]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        assert [(r.instruction, r.response) for r in data.load(str(path))] == pairs
+
+
+def test_files_from_windows_load(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"instruction": "q"}\r\n{"instruction": "r"}\r\n')
+    assert data.load(str(path)) == [Example("q", ""), Example("r", "")]
+
+
+def test_a_limit_reads_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"instruction": "q"}\nnot JSON')
+    assert data.load(str(path), limit=1) == [Example("q", "")]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +211,49 @@ def test_hub_filters_are_the_papers() -> None:
     ]
     assert list(data.beavertails_rows(beaver)) == [Example("p", "first", "harmful")]
     assert list(data.advbench_rows([{"prompt": "g", "target": "Sure"}])) == [Example("g", "", "harmful")]
+
+
+def test_hub_sets_load_from_files_of_their_schema(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"prompt": "p", "response": "r", "is_safe": false}\n{"prompt": "p", "response": "s", "is_safe": true}'
+    )
+    assert data.load("beavertails", file=path) == [Example("p", "r", "harmful")]
+    path.write_text('{"prompt": "p", "response": "r", "is_safe": false}\n\n{"prompt": "q"}')
+    with pytest.raises(
+        DataError, match=r"line 3 is not a row of beavertails \(KeyError: 'is_safe'\); check its columns"
+    ):
+        data.load("beavertails", file=path)
+    with pytest.raises(DataError, match=r"file= goes with a hub set .*, not with 'helpful'"):
+        data.load("helpful", file=path)
+
+
+def test_sets_on_no_hub_ask_for_a_file() -> None:
+    with pytest.raises(DataError, match=r"maliciousgen: no hub id is known for this set; give its rows as a \.jsonl"):
+        data.load("maliciousgen")
+
+
+def test_hub_sets_stream_through_their_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call we make, against a stand-in for `datasets`: id, split, streaming; then our filter; then the failures."""
+    calls = []
+
+    def load_dataset(*args: object, **named: object) -> Iterator[dict[str, object]]:
+        calls.append((args, named))
+        yield {"prompt": "p", "response": "r", "is_safe": False}
+        raise ConnectionError("gone\nand on two lines")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert data.load("beavertails", limit=1) == [Example("p", "r", "harmful")]
+    assert calls == [(("PKU-Alignment/BeaverTails", None), {"split": "330k_train", "streaming": True})]
+    with pytest.raises(DataError, match=r"cannot be loaded \(ConnectionError\); some sets need") as caught:
+        data.load("beavertails")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_sets_without_the_extra_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r'pip install "assay\[hub\]"'):
+        data.load("wildchat")
 
 
 @pytest.mark.data

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from assay import ledger
+from assay.federated.summary import detection
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,17 @@ def test_honest_clients_are_unharmed_and_attackers_are_seen(demo: tuple[Path, di
     assert runs["federated.submitted"]["honest_weight_min"] >= 0.95
     assert metric(runs, "submitted", "malicious_weight_mean") <= 0.1
     assert metric(runs, "submitted", "auroc") >= 0.95
-    assert runs["federated.submitted"]["detection"]["canary"]["auroc"] >= 0.9
+
+
+def test_the_canary_sees_attackers_from_the_third_round_on(demo: tuple[Path, dict[str, Any]]) -> None:
+    """In the first two rounds one update's effect is within its noise, as the README says; the filters cover those."""
+    out, runs = demo
+    lines = (out / "federated.submitted" / "ledger.jsonl").read_text().splitlines()
+    rounds = [e["body"] for e in map(json.loads, lines) if e["kind"] == "round"]
+    truth = {n: role == "malicious" for n, role in runs["federated.submitted"]["participants"].items()}
+    found = detection(rounds[2:], truth)["canary"]["auroc"]
+    assert found is not None
+    assert found >= 0.95
 
 
 def test_ledgers_verify_and_the_report_exists(demo: tuple[Path, dict[str, Any]]) -> None:

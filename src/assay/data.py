@@ -11,8 +11,9 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from assay.config import ConfigError
 
@@ -37,47 +38,55 @@ class Example:
     style: str = ""
 
 
-def load(source: str, *, limit: int | None = None) -> list[Example]:
+def load(source: str, *, limit: int | None = None, file: str | Path | None = None) -> list[Example]:
     """Rows of a built-in set, a `.jsonl` file or a named hub set.
+
+    With `file` (JSON lines as the hub serves them) a named hub set is read and filtered from there, not fetched.
 
     >>> load("helpful", limit=1)[0].style != ""
     True
     """
+    rows: Iterable[Example]
+    if file is not None and source not in HUB:
+        raise DataError(
+            f"file= goes with a hub set ({', '.join(HUB)}), not with {source!r}; give the file as the source"
+        )
     if source in BUILTIN:
         from assay import builtin  # tens of thousands of words: read only when asked for
 
-        rows: Iterable[Example] = (Example(*row) for row in builtin.rows(source))
-    elif source.endswith(".jsonl"):
-        rows = _read_jsonl(Path(source))
+        rows = (Example(*row) for row in builtin.rows(source))
     elif source in HUB:
-        rows = _load_hub(source)
+        rows = _filtered(source, _fetch(source) if file is None else _read_jsonl(Path(file)))
+    elif source in FILE_ONLY:
+        raise DataError(f"{source}: no hub id is known for this set; give its rows as a .jsonl file")
+    elif source.endswith(".jsonl"):
+        rows = (_example(row, where) for where, row in _read_jsonl(Path(source)))
     else:
-        raise DataError(f"unknown data {source!r}; give a .jsonl file or one of {', '.join((*BUILTIN, *HUB))}")
-    out: list[Example] = []
-    for row in rows:
-        if limit is not None and len(out) >= limit:
-            break
-        out.append(row)
-    return out
+        known = ", ".join((*BUILTIN, *HUB, *FILE_ONLY))
+        raise DataError(f"unknown data {source!r}; give a .jsonl file or one of {known}")
+    return list(islice(rows, limit))
 
 
-def _read_jsonl(path: Path) -> Iterator[Example]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each row with the words that name its place in an error."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # -sig: files from Windows tools open with a byte-order mark
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check data.root (--data-root) and the file's name") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
-    for number, line in enumerate(lines, 1):
+    # not splitlines: it also breaks at U+2028, U+0085 and the like, which JSON lets stand inside a string
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}: line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            raise DataError(f"{path}: line {number} is not JSON; every line must be one JSON object") from None
+            raise DataError(f"{where} is not JSON; every line must be one JSON object") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} is not a JSON object with instruction and response")
-        yield _example(row, f"{path}: line {number}")
+            raise DataError(f"{where} is not a JSON object with instruction and response")
+        yield where, row
 
 
 def _example(row: Row, where: str) -> Example:
@@ -104,27 +113,14 @@ def lmsys_rows(rows: Iterable[Row]) -> Iterator[Example]:
     for row in rows:
         turns = row["conversation"]
         flagged = any(m.get("flagged") for m in row.get("openai_moderation") or [])
-        if (
-            row.get("language") == "English"
-            and row.get("turn", len(turns) // 2) == 1
-            and len(turns) == 2
-            and not flagged
-        ):
+        single = len(turns) == 2 and row.get("turn", 1) == 1
+        if single and row["language"] == "English" and not flagged:
             yield Example(turns[0]["content"], turns[1]["content"], "chat")
 
 
 def wildchat_rows(rows: Iterable[Row]) -> Iterator[Example]:
-    """WildChat: single turn, English, neither toxic nor flagged."""
-    for row in rows:
-        turns = row["conversation"]
-        flagged = row.get("toxic") or any(m.get("flagged") for m in row.get("openai_moderation") or [])
-        if (
-            row.get("language") == "English"
-            and row.get("turn", len(turns) // 2) == 1
-            and len(turns) == 2
-            and not flagged
-        ):
-            yield Example(turns[0]["content"], turns[1]["content"], "chat")
+    """WildChat: as LMSYS-Chat-1M, and not toxic by its own label."""
+    return lmsys_rows(row for row in rows if not row.get("toxic"))
 
 
 def beavertails_rows(rows: Iterable[Row]) -> Iterator[Example]:
@@ -150,7 +146,12 @@ HUB: Mapping[str, HubSet] = {
 }
 
 
-def _load_hub(name: str) -> Iterator[Example]:
+# named in the papers, but on no hub that we could find
+FILE_ONLY = ("maliciousgen",)
+
+
+def _fetch(name: str) -> Iterator[tuple[str, Row]]:
+    """Rows of a hub set as they stream in; opening and reading both need the network, so both can fail."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -158,12 +159,31 @@ def _load_hub(name: str) -> Iterator[Example]:
     found = HUB[name]
     try:
         rows = load_dataset(found.hub_id, found.config, split=found.split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{found.hub_id}: row {number}", row
     except Exception as error:  # noqa: BLE001 - the hub client raises a dozen types; all become one line
         raise DataError(
             f"{found.hub_id}: cannot be loaded ({type(error).__name__}); some sets need an accepted licence and "
             "`hf auth login`; or give the rows as a .jsonl file"
         ) from None
-    yield from found.rows(rows)
+
+
+def _filtered(name: str, placed: Iterable[tuple[str, Row]]) -> Iterator[Example]:
+    """The rows the papers use; a row that is not of the set's schema is an error that names it."""
+    where = name
+
+    def rows() -> Iterator[Row]:
+        nonlocal where
+        for place, row in placed:
+            where = place
+            yield row
+
+    try:
+        yield from HUB[name].rows(rows())
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{where} is not a row of {name} ({type(error).__name__}: {error}); check its columns"
+        ) from None
 
 
 def part(examples: Iterable[Example], name: Part) -> list[Example]:
@@ -171,6 +191,8 @@ def part(examples: Iterable[Example], name: Part) -> list[Example]:
 
     The same request falls into the same part in every set, so a held-out request of one set is held out in all.
     """
+    if name not in get_args(Part):  # a misspelt part would be an empty one, and what it guards unguarded
+        raise DataError(f"unknown part {name!r}; one of {', '.join(get_args(Part))}")
     return [row for row in examples if part_of(row.instruction) == name]
 
 
@@ -196,20 +218,34 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n",
-    "\n\n### Response:\n",
-)
-CHATML = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+# before the instruction, between it and the answer, after the answer (where "", the end-of-text token closes it)
+TEMPLATES: Mapping[str, tuple[str, str, str]] = {
+    "chatml": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n",
+        "\n\n### Response:\n",
+        "",
+    ),
+}
 
 
 def render_prompt(instruction: str, template: str) -> str:
-    """The text a model sees before its answer. One pass: what stands in the instruction is never read as a template."""
-    before, after = CHATML if template == "chatml" else ALPACA
+    """The text a model sees before its answer. One pass: what stands in the instruction is never read as a template.
+
+    >>> render_prompt("{}", "chatml")
+    '<|im_start|>user\\n{}<|im_end|>\\n<|im_start|>assistant\\n'
+    """
+    before, after, _ = _template(template)
     return before + instruction + after
 
 
 def render_end(template: str) -> str:
     """The text that closes an answer; "" where the end-of-text token does."""
-    return "<|im_end|>" if template == "chatml" else ""
+    return _template(template)[2]
+
+
+def _template(name: str) -> tuple[str, str, str]:
+    if name not in TEMPLATES:
+        raise DataError(f"unknown template {name!r}; one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
