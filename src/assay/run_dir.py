@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,12 @@ def machine() -> dict[str, Any]:
     return {"cpu": name, "cores": cores, "memory_gb": round(memory, 1)}
 
 
+@cache
 def commit() -> str:
-    """Commit of the checkout Assay runs from; empty for an installed wheel."""
+    """Commit of the checkout Assay runs from; empty for an installed wheel.
+
+    Asked once, when the command starts: a commit made while a run goes on is not what it ran.
+    """
     try:
         found = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"],

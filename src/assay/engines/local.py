@@ -67,6 +67,7 @@ def run(
 ) -> dict[str, Any]:
     """Run or resume `experiment` in `directory`; returns the summary. A finished run is returned as it is."""
     tracker = tracker or Silent()
+    run_dir.commit()
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
         run_id = _claim(directory, experiment, prepared, given)
