@@ -7,7 +7,7 @@ dimensions first (a three-dimensional head makes PyTorch copy the whole output m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,8 +110,17 @@ def answer_nll(model: Any, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits_PV.float(), batch.target_P, reduction="none")
 
 
-def train(carrier: Carrier, start: Tensors, rows: Sequence[Example], settings: LocalSettings) -> LocalResult:
-    """Train from `start` with fresh AdamW (no weight decay); repeatable bit for bit on one machine and thread count."""
+def train(
+    carrier: Carrier,
+    start: Tensors,
+    rows: Sequence[Example],
+    settings: LocalSettings,
+    tick: Callable[[int], None] | None = None,
+) -> LocalResult:
+    """Train from `start` with fresh AdamW (no weight decay); repeatable bit for bit on one machine and thread count.
+
+    `tick(1)` is called after each step.
+    """
     carrier.set(start)
     model = carrier.model
     device = next(model.parameters()).device
@@ -133,6 +142,8 @@ def train(carrier: Carrier, start: Tensors, rows: Sequence[Example], settings: L
         losses.append(float(loss.detach()))
         if settings.keep_steps:
             steps.append(carrier.get())
+        if tick is not None:
+            tick(1)
     for weight in weights:
         weight.grad = None
         weight.requires_grad_(False)

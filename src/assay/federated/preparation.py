@@ -63,7 +63,7 @@ def align(experiment: Experiment, tracker: Tracker) -> Aligned:
     sources = load_sources(experiment)
     settings = warmup_settings(experiment)
     rows = rows_for(sources.benign, sources.refusals, settings)
-    return aligned(experiment.model.name, rows, experiment.model.template, settings, tracker.say)
+    return aligned(experiment.model.name, rows, experiment.model.template, settings, tracker)
 
 
 def warmup_settings(experiment: Experiment) -> WarmupSettings:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +23,11 @@ from assay.contribution import Tensors
 from assay.data import Example
 from assay.federated.local_sft import LocalSettings, train
 from assay.federated.lora import Carrier
-from assay.models import Base, Origin, Say
+from assay.models import Base, Origin
+from assay.progress import Silent, Tracker
 
+Tick = Callable[[int], None]
+STEP_UNITS = 3.0  # seconds of one core a step takes, roughly; the bar corrects itself
 RECIPE = 1  # raise when the recipe changes: it is part of the cache key
 
 
@@ -66,10 +69,11 @@ def aligned(
     rows: Sequence[Example],
     template: str,
     settings: WarmupSettings | None = None,
-    say: Say = lambda text: None,
+    tracker: Tracker | None = None,
 ) -> Aligned:
     """The aligned form of model `name`, from the cache, the shipped adapter or a fresh warm-up."""
-    settings = settings or WarmupSettings()
+    settings, tracker = settings or WarmupSettings(), tracker or Silent()
+    say = tracker.say
     plain = models.resolve(name, say)
     key = cache_key(plain, rows, template, settings)
     target = models.cache_dir() / "aligned" / f"{Path(name).name}-{key[:16]}"
@@ -82,7 +86,10 @@ def aligned(
         origin: Origin = "shipped"
     else:
         say(f"aligning {name}: {settings.steps} warm-up steps (once, some minutes)")
-        adapter, origin = make(models.load(name, say=say), rows, template, settings), "made"
+        tracker.add(STEP_UNITS * settings.steps)
+        base = models.load(name, say=say)
+        adapter = make(base, rows, template, settings, lambda steps: tracker.tick(STEP_UNITS * steps))
+        origin = "made"
     merge(models.load(name, "float32", say), adapter, settings, target)
     return Aligned(target, origin, key)
 
@@ -98,8 +105,10 @@ def cache_key(plain: Path, rows: Sequence[Example], template: str, settings: War
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def make(base: Base, rows: Sequence[Example], template: str, settings: WarmupSettings) -> Tensors:
-    """Train the warm-up adapter."""
+def make(
+    base: Base, rows: Sequence[Example], template: str, settings: WarmupSettings, tick: Tick = lambda steps: None
+) -> Tensors:
+    """Train the warm-up adapter; `tick(1)` after each step."""
     carrier = Carrier(base, _lora(settings))
     local = LocalSettings(
         steps=settings.steps,
@@ -111,7 +120,7 @@ def make(base: Base, rows: Sequence[Example], template: str, settings: WarmupSet
         seed=settings.seed,
         keep_steps=False,
     )
-    return train(carrier, carrier.initial(), rows, local).tensors
+    return train(carrier, carrier.initial(), rows, local, tick).tensors
 
 
 def merge(base: Base, adapter: Tensors, settings: WarmupSettings, target: Path) -> None:
