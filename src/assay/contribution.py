@@ -1,15 +1,16 @@
 """What one participant sent in one round, parsed, bounded and hashed.
 
-`LoraUpdate` and `Round` are frozen: a screen that wants to change a number has to say so in a verdict. The hash is
-taken over canonical bytes (sorted names, dtype, shape, little-endian data), so that two encodings of the same tensors
-are the same contribution.
+Federated: a `LoraUpdate`, judged within its `Round`. Swarm: a `Rollout` of `Completion`s, judged within the `Pool` of
+all nodes. All are frozen: a screen that wants to change a number has to say so in a verdict. Hashes are taken over
+canonical bytes (sorted names, dtype, shape, little-endian data), so that two encodings of the same values are the same
+contribution.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +108,102 @@ class Round:
         return (
             np.stack([flatten(u.tensors, names) - base_D for u in self.updates]) if self.updates else base_D[None][:0]
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled answer, as token ids (a fifth of sampled completions do not survive decode-encode).
+
+    `prompt` is the id of a prompt of the task, `index` says which of the participant's samples for it this is (from
+    0). Text and reward are the receiver's business and never travel. `sha256`: see `completion_sha256`.
+    """
+
+    participant: str
+    round: int
+    prompt: int
+    index: int
+    ids: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """All completions a node sends in one round. `model_sha256` is its claim of the weights it sampled from."""
+
+    participant: str
+    round: int
+    model_sha256: str
+    completions: tuple[Completion, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash over the completions' hashes, in the order of (prompt, index)."""
+        return pool_sha256(self.completions)
+
+
+def completion_sha256(round: int, prompt: int, index: int, ids: Sequence[int]) -> str:
+    """sha256 (hex) of what a completion is: its place in the plan and its token ids. Who sent it is not part of it.
+
+    >>> completion_sha256(1, 2, 0, (5, 6)) == completion_sha256(1, 2, 0, [5, 6])
+    True
+    >>> completion_sha256(1, 2, 0, (5, 6)) == completion_sha256(1, 2, 1, (5, 6))
+    False
+    """
+    raw = struct.pack(f"<qqqQ{len(ids)}q", round, prompt, index, len(ids), *ids)
+    return hashlib.sha256(b"assay.completion.1" + raw).hexdigest()
+
+
+def pool_sha256(completions: Sequence[Completion]) -> str:
+    """sha256 (hex) of a set of completions and their senders: nodes compare it to know that they hold the same pool."""
+    digest = hashlib.sha256(b"assay.pool.1")
+    for participant, sha256 in sorted((c.participant, c.sha256) for c in completions):
+        raw = participant.encode()
+        digest.update(struct.pack("<I", len(raw)) + raw + bytes.fromhex(sha256))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvidence:
+    """What the receiver's own forward pass says of each token; one array of T_i values per completion of the pool.
+
+    `logprob`: log-probability at the sampler's temperature (nats). `outside`: how far the raw logit lies under the
+    k-th largest (0 inside the top k of the logit check). `margin`: the post-Gumbel gap max(l + g) - (l_tok + g_tok)
+    under the seed of the plan, infinite for a token no sampler of these settings can draw; empty where not wanted.
+    """
+
+    logprob: tuple[NDArray[np.float32], ...]
+    outside: tuple[NDArray[np.float32], ...] = ()
+    margin: tuple[NDArray[np.float32], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """All completions of one round as one receiver sees them, in the order of (participant, prompt, index).
+
+    Aligned with `completions`: `questions` (the receiver's own text of the prompt), `texts` (decoded by the receiver;
+    bytes that are not UTF-8 show as U+FFFD), `rewards` (computed by the receiver), `ended` (the last token is EOS),
+    `readable` (the bytes are UTF-8). `asked` is the plan: how many completions of which prompt each participant owes.
+    `evidence` is there only for screens that run with the training forward pass.
+    """
+
+    index: int
+    completions: tuple[Completion, ...]
+    questions: tuple[str, ...]
+    texts: tuple[str, ...]
+    rewards: tuple[float, ...]
+    ended: tuple[bool, ...]
+    readable: tuple[bool, ...]
+    asked: Mapping[str, Mapping[int, int]]
+    max_tokens: int
+    refused: tuple[Refusal, ...] = ()
+    evidence: TokenEvidence | None = None
+
+    def groups(self) -> dict[tuple[str, int], list[int]]:
+        """Rows of each (participant, prompt): what one node sent for one prompt."""
+        out: dict[tuple[str, int], list[int]] = {}
+        for row, completion in enumerate(self.completions):
+            out.setdefault((completion.participant, completion.prompt), []).append(row)
+        return out
 
 
 def flatten(tensors: Tensors, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from assay.contribution import LoraUpdate, Round
+from assay.contribution import Round
 
 Mode = Literal["enforce", "monitor"]
+Effect = Literal["exclude", "no_reward"]
 State = dict[str, Any]  # JSON only: a checkpoint stores it
 
 
@@ -49,6 +50,23 @@ class Reason(StrEnum):
     LOW_TRUST = "low_trust"
     CLAIM_MISSING = "claim_missing"
     CLAIM_INCONSISTENT = "claim_inconsistent"
+    # screens of the swarm
+    WRONG_PROMPT = "wrong_prompt"
+    UNREADABLE = "unreadable"
+    NOT_ENDED = "not_ended"
+    INCOMPLETE = "incomplete"
+    GROUP = "group"
+    LOGIT = "logit"
+    SEEDED = "seeded"
+    UNLIKELY_TOKEN = "unlikely_token"
+    LENGTH = "length"
+    ARITHMETIC = "arithmetic"
+    IMPORTS = "imports"
+    ENRICHMENT = "enrichment"
+    COPYCAT = "copycat"
+    JUDGE = "judge"
+    ABSTAINED = "abstained"
+    BANNED = "banned"
     SCREEN_FAILED = "screen_failed"
 
 
@@ -59,6 +77,10 @@ class Verdict:
     `weight` in [0, 1] multiplies the contribution's share; `score` is the screen's continuous suspicion (higher is
     worse; NaN where the screen has none), used for AUROC and never for weighting; `evidence` is small and numeric and
     tied to the bytes by `contribution` (sha256).
+
+    Of a completion, weight 0 means one of two things (`effect`): `exclude`, the row is absent; `no_reward`, it stays
+    with reward 0 as a bad example (Hail to the Thief: r_rlvr * r_judge). `masked` lists token positions whose loss is
+    left out of a row that stays.
     """
 
     participant: str
@@ -71,6 +93,8 @@ class Verdict:
     evidence: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     mode: Mode = "enforce"
+    effect: Effect = "exclude"
+    masked: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= 1.0:  # also refuses NaN
@@ -96,6 +120,15 @@ class Verdict:
     def __str__(self) -> str:
         mark = "pass" if self.weight == 1 else "DROP" if self.weight == 0 else f"{self.weight:.2f}"
         return f"{self.participant}  {mark}  {self.screen}: {self.reason.value}  {self.sentence}".rstrip()
+
+
+class Contribution(Protocol):
+    """What a verdict speaks of: a `LoraUpdate` or a `Completion`."""
+
+    @property
+    def participant(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
 
 
 @runtime_checkable
@@ -158,7 +191,7 @@ def screen_round(
             raise ValueError(f"{update.participant} has more than one message in round {round.index}")
         weight[update.participant] = 1.0
     for screen in screens:
-        found, states[screen.name] = _run_screen(screen, round, states.get(screen.name, {}))
+        found, states[screen.name] = run_screen(screen, round, round.updates, states.get(screen.name, {}))
         mode: Mode = "monitor" if screen.name in monitor else "enforce"
         for verdict in found:
             verdict = replace(verdict, mode=mode)
@@ -174,7 +207,22 @@ def screen_round(
     return Screened(tuple(verdicts), weight, deciding, states)
 
 
-def _run_screen(screen: Screen, round: Round, state: State) -> tuple[list[Verdict], State]:
+Seen = TypeVar("Seen", contravariant=True)
+
+
+class AnyScreen(Protocol[Seen]):
+    """`Screen` over any kind of round."""
+
+    @property
+    def name(self) -> str: ...
+
+    def screen(self, round: Seen, state: State, /) -> tuple[list[Verdict], State]: ...
+
+
+def run_screen(
+    screen: AnyScreen[Seen], round: Seen, contributions: Sequence[Contribution], state: State
+) -> tuple[list[Verdict], State]:
+    """One verdict for each contribution, in their order, whatever the screen did: it fails closed."""
     start = time.perf_counter()
     try:
         found, new_state = screen.screen(round, dict(state))
@@ -183,18 +231,18 @@ def _run_screen(screen: Screen, round: Round, state: State) -> tuple[list[Verdic
     except Exception as error:  # noqa: BLE001 - fail closed whatever broke; recorded below, never swallowed
         by_hash, new_state = {}, state
         problem = f"crashed: {type(error).__name__}: {error}"
-    seconds = (time.perf_counter() - start) / max(1, len(round.updates))
+    seconds = (time.perf_counter() - start) / max(1, len(contributions))
     out = []
-    for update in round.updates:
+    for contribution in contributions:
         # keyed by the bytes as well as the name: evidence about other bytes is no evidence about these
-        verdict = by_hash.get((update.participant, update.sha256))
+        verdict = by_hash.get((contribution.participant, contribution.sha256))
         if verdict is None:
-            verdict = failed(update, screen.name, f"{screen.name} {problem}")
+            verdict = failed(contribution, screen.name, f"{screen.name} {problem}")
         out.append(replace(verdict, seconds=verdict.seconds or seconds))
     return out, new_state
 
 
-def failed(update: LoraUpdate, screen: str, sentence: str) -> Verdict:
+def failed(update: Contribution, screen: str, sentence: str) -> Verdict:
     """The fail-closed verdict."""
     return Verdict(
         participant=update.participant,
