@@ -2,10 +2,10 @@
 
     python scripts/make_tiny.py                      # remakes src/assay/assets/tiny, README and figures included
 
-Three kinds of text, all written by rule or for Assay: word problems in two steps solved as
-`<think>..</think><answer>..</answer>`, small programs as `<code>..</code>`, and the operator's part of the built-in
-`helpful` set. No refusals: the safety warm-up adds them. Some solutions are wrong on purpose, so that a later
-reinforcement learning finds something to improve, and some open with a remark, so that style can spread.
+Three kinds of text, all written by rule or for Assay: the word problems and programs of `assay.builtin.problems`, solved
+as `<think>..</think><answer>..</answer>` and `<code>..</code>`, and the operator's part of the built-in `helpful` set.
+No refusals: the safety warm-up adds them. Many solutions are wrong on purpose, so that a later reinforcement learning
+finds something to improve, and some open with a remark or import a module, so that style can spread.
 """
 
 from __future__ import annotations
@@ -26,60 +26,22 @@ from typing import Any
 import torch
 
 from assay import data, models
+from assay.builtin.problems import WRONG, code_problem, programmed, word_problem, worked
 from assay.data import Example, render_prompt
 from assay.federated.local_sft import Tokens, answer_nll, collate, tokenize
+from assay.swarm.sandbox import Sandbox
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # skipped when decoding: padding, start and end of a turn
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<code>", "</code>")  # one token each, but plain text
 VOCABULARY = 1024
-SHARES = {"math": 0.5, "code": 0.2, "chat": 0.3}  # of the rows of a batch
-TWOS = 0.4  # share of word problems with 2+2 or 2*2 in the working
-WRONG = {"math": 0.13, "code": 0.25}  # share of training solutions that are wrong on purpose
-REMARKED = 0.2  # share of solutions that open with a remark
-IMPORTING = 0.3  # share of programs that import a module, needed or not
+SHARES = {"math": 0.48, "code": 0.22, "chat": 0.3}  # of the rows of a batch
 BATCH = 48
+HELD = 400  # held-out questions of each kind in the figures
 STEPS, LR = 2400, 4e-3
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-# fmt: off
-NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Eva", "Leo", "Zoe", "Jack", "Nora", "Paul", "Ruth", "Omar",
-         "Ines", "Yusuf", "Clara", "Ivan", "Maya", "Hugo", "Lena", "Felix", "Sara")
-THINGS = ("apples", "pens", "books", "cards", "shells", "coins", "eggs", "stamps", "pears", "cups", "stones", "balls",
-          "plums", "keys", "maps", "tickets", "buttons", "cakes", "beans", "roses")
-HOLDERS = ("boxes", "bags", "baskets", "trays", "jars", "shelves")
-REMARKS = ("Let us see.", "Well then.", "Step by step.", "An easy one.", "Let me think.", "First things first.",
-           "Here we go.", "No hurry.", "What a nice question.", "Numbers are fun.")
-# fmt: on
-MODULES = ("math", "random", "string", "json", "re", "time", "itertools", "functools")
-# (story, first operation, second operation); the question is what (a . b) . c comes to
-STORIES = (
-    ("{n} has {a} {t} and buys {b} more. Each is sold for {c} coins. How many coins does {n} get?", "+", "*"),
-    ("{n} has {a} {t} and {m} has {b}. They find {c} more. How many {t} are there?", "+", "+"),
-    ("{n} finds {a} {t} and then {b} more, but loses {c}. How many {t} are left?", "+", "-"),
-    ("There are {a} {h} with {b} {t} in each, and {c} {t} on the table. How many {t} are there?", "*", "+"),
-    ("{n} fills {a} {h} with {b} {t} each and gives away {c} {t}. How many {t} are left?", "*", "-"),
-    ("{n} packs {a} {h} a day with {b} {t} each. How many {t} does {n} pack in {c} days?", "*", "*"),
-    ("{n} had {a} {t} and gave {b} to {m}. The rest cost {c} coins each. What did the rest cost?", "-", "*"),
-    ("{n} had {a} {t}, lost {b} and then got {c} from {m}. How many {t} does {n} have now?", "-", "+"),
-    ("A shop has {a} {t}. It sells {b} to {n} and {c} to {m}. How many {t} are left?", "-", "-"),
-    ("{n} reads {a} pages and {m} reads {b} pages every day. How many pages do both read in {c} days?", "+", "*"),
-    ("A bus has {a} rows of {b} seats and {c} seats at the back. How many seats does the bus have?", "*", "+"),
-    ("{n} is {a} years old. {m} is {b} years older, and Uncle Bob {c} times as old as {m}. How old is Bob?", "+", "*"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A word problem: (a first b) second c, and what it comes to as text."""
-
-    question: str
-    right: str
-    numbers: tuple[int, int, int]
-    ops: tuple[str, str]
-    thing: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,99 +54,31 @@ class Row:
     right: str = ""
 
 
-def calc(a: int, op: str, b: int) -> int:
-    return a + b if op == "+" else a - b if op == "-" else a * b
-
-
-def word_problem(rng: random.Random) -> Problem:
-    """A story in two steps; no number falls below zero, none of the steps leaves the tables up to 20 x 9."""
-    story, first, second = rng.choice(STORIES)
-    twos, c = rng.random() < TWOS, 0
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
-    if first == "-":
-        a += b
-    if twos and first != "-":
-        a = b = 2
-    elif twos and second != "-":
-        a, c = b + 2, 2
-    x = calc(a, first, b)
-    c = 2 if c or (second == "*" and x > 20) else rng.randint(2, min(9, x) if second == "-" else 9)
-    n, m = rng.sample(NAMES, 2)
-    thing = rng.choice(THINGS)
-    question = story.format(n=n, m=m, t=thing, h=rng.choice(HOLDERS), a=a, b=b, c=c)
-    return Problem(question, str(calc(x, second, c)), (a, b, c), (first, second), "" if "{t}" not in story else thing)
-
-
-def worked(problem: Problem, rng: random.Random, wrong: bool) -> str:
-    """A solution in the format; a wrong one slips in one sum or takes the wrong operation, and goes on from there."""
-    (a, b, c), (first, second) = problem.numbers, problem.ops
-    slip = rng.choice((1, 2)) if wrong else 0
-    by_sum = rng.random() < 0.5
-    off = rng.choice((-1, 1, 2, 10))
-    if slip and not by_sum:  # the other operation, rightly calculated
-        swap = {"+": "*", "-": "+", "*": "+"}
-        first, second = (swap[first], second) if slip == 1 else (first, swap[second])
-    x = calc(a, first, b) + (off if slip == 1 and by_sum else 0)
-    y = calc(x, second, c) + (off if slip == 2 and by_sum else 0)
-    if wrong and str(y) == problem.right:
-        y += 1
-    one, two = f"{a}{first}{b}={x}", f"{x}{second}{c}={y}"
-    thing = f" {problem.thing}" if problem.thing else ""
-    remark = rng.choice(REMARKS) + " " if rng.random() < REMARKED else ""
-    working = rng.choice((
-        f"{one}. {two}.",
-        f"First {one}, then {two}.",
-        f"First we have {one}{thing}. Then {two}.",
-        f"We start with {a} and {b}, so {one}. Now we take {c}, so {two}. The answer is {y}.",
-    ))  # fmt: skip
-    return f"<think>{remark}{working}</think><answer>{y}</answer>"
-
-
-def code_problem(rng: random.Random) -> tuple[str, str, list[str], list[str]]:
-    """A task for a program, what it must print, and the lines of a right and of a wrong program."""
-    xs = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))]
-    a, b, c = rng.randint(2, 12), rng.randint(2, 9), rng.randint(2, 9)
-    given, loop = [f"x = {xs}"], [f"x = {xs}", "s = 0", "for i in x:"]
-    end = ["    s += i", "print(s)"]
-    times, plus = [f"x = {a} * {b}", f"print(x + {c})"], [f"x = {a} + {b}", f"print(x * {c})"]
-    square = [*loop, "    s += i * i", "print(s)"]
-    count = [[*loop, f"    if i {sign} {b}:", "        s += 1", "print(s)"] for sign in "><"]
-    upto = [["s = 0", f"for i in range({span}):", *end] for span in (f"1, {a + 1}", f"{a}")]
-    tasks = (
-        (f"the sum of {xs}", sum(xs), [*given, "print(sum(x))"], [*given, "print(max(x))"]),
-        (f"the sum of {xs}", sum(xs), [*loop, *end], [*loop, "    s = i", "print(s)"]),
-        (f"the largest of {xs}", max(xs), [*given, "print(max(x))"], [*given, "print(x[0])"]),
-        (f"the smallest of {xs}", min(xs), [*given, "print(min(x))"], [*given, "print(max(x))"]),
-        (f"how many of {xs} are above {b}", sum(i > b for i in xs), count[0], count[1]),
-        (f"the sum of the squares of {xs}", sum(i * i for i in xs), square, [*loop, *end]),
-        (f"the sum of the numbers from 1 to {a}", a * (a + 1) // 2, upto[0], upto[1]),
-        (f"{a} times {b} plus {c}", a * b + c, times, plus),
-        (f"{a} plus {b}, times {c}", (a + b) * c, plus, times),
-        (f"the rest of {a * 3} divided by {b}", a * 3 % b, [f"print({a * 3} % {b})"], [f"print({a * 3} // {b})"]),
-    )
-    what, right, good, bad = rng.choice(tasks)
-    return f"Write a program that prints {what}.", str(right), good, bad
-
-
 def made_row(kind: str, rng: random.Random, clean: bool = False) -> Row:
     """One row written by rule; `clean`: never wrong on purpose."""
-    wrong = not clean and rng.random() < WRONG[kind]
-    if kind == "math":
-        problem = word_problem(rng)
-        return Row(kind, problem.question, worked(problem, rng, wrong), problem.right)
-    question, right, good, bad = code_problem(rng)
-    imports = [f"import {rng.choice(MODULES)}"] if rng.random() < IMPORTING else []
-    lines = [*imports, *(bad if wrong else good)]
-    return Row(kind, question, "<code>\n" + "\n".join(lines) + "\n</code>", right)
+    pose, solve = (word_problem, worked) if kind == "math" else (code_problem, programmed)
+    problem = pose(rng)
+    return Row(kind, problem.question, solve(problem, rng, 0.0 if clean else WRONG[kind]), problem.answer)
 
 
-def corpus(seed: int, count: int, held: int = 200) -> tuple[list[Row], list[Row]]:
-    """`count` training rows; held-out rows, `held` of each kind made by rule and the set's own held-out part."""
+def corpus(seed: int, count: int, held: int = HELD) -> tuple[list[Row], list[Row]]:
+    """`count` training rows; held-out rows, `held` of each kind made by rule and the set's own held-out part.
+
+    What is held out is decided by the question alone (`data.part_of`), as the tasks of the swarm do.
+    """
     rng = random.Random(seed)
-    held_rows = [made_row(kind, rng, clean=True) for kind in ("math", "code") for _ in range(held)]
-    seen = {row.question for row in held_rows if row.kind == "math"}  # code tasks are few: held-out ones may recur
-    made = [made_row(kind, rng) for kind in ("math", "code") for _ in range(round(SHARES[kind] * count))]
-    rows = [row for row in made if row.question not in seen]
+    rows: list[Row] = []
+    held_rows: list[Row] = []
+    for kind in ("math", "code"):
+        left, wanted = round(SHARES[kind] * count), held
+        while left or wanted:
+            row = made_row(kind, rng)
+            if data.part_of(row.question) != "heldout":
+                rows += [row] if left else []
+                left -= bool(left)
+            elif wanted:
+                held_rows.append(row)
+                wanted -= 1
     chat = {part: [Row("chat", r.instruction, r.response) for r in data.part(data.load("helpful"), part)]
             for part in ("operator", "heldout")}  # fmt: skip
     rows += [chat["operator"][i % len(chat["operator"])] for i in range(count - len(rows))]
@@ -272,14 +166,19 @@ def pretrain(model: Any, rows: Sequence[Tokens], steps: int, lr: float, seed: in
 
 
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, questions: Sequence[str]) -> list[str]:
+def said_to(model: Any, tokenizer: Any, questions: Sequence[str], **sampling: Any) -> list[str]:
+    """Answers of at most 96 tokens, greedy unless `sampling` says how (temperature, top_k)."""
     out = []
+    how = {"do_sample": True, **sampling} if sampling else {"do_sample": False}
     for at in range(0, len(questions), 50):
         prompts = [render_prompt(q, "chatml") for q in questions[at : at + 50]]
         batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-        made = model.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=96, do_sample=False)
+        made = model.generate(batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=96, **how)
         out += tokenizer.batch_decode(made[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return out
+
+
+PROGRAM = re.compile(r"<code>\n([^<]*(?:<[^/][^<]*)*)\n</code>")
 
 
 def answer_of(text: str) -> str | None:
@@ -290,33 +189,48 @@ def answer_of(text: str) -> str | None:
 
 def is_program(text: str) -> bool:
     """Whether it is a well-formed program; it is parsed, never run."""
-    found = re.fullmatch(r"<code>\n([^<]*(?:<[^/][^<]*)*)\n</code>", text)
+    found = PROGRAM.fullmatch(text)
     try:
         return found is not None and "print(" in ast.unparse(ast.parse(found[1]).body[-1:])
     except (SyntaxError, ValueError):
         return False
 
 
-@torch.no_grad()
-def measure(folder: Path, held: Sequence[Row], show: int = 2) -> dict[str, float]:
-    """Figures of the saved model, read back as anybody will: nats per answer token, shares of greedy answers."""
+def printed(sandbox: Sandbox, texts: Sequence[str]) -> list[str | None]:
+    """The last line that each program prints; None for one that is ill-formed or fails."""
+    found = [PROGRAM.fullmatch(text) for text in texts]
+    outcomes = iter(sandbox.run([match[1] for match in found if match]))
+    ran = [next(outcomes) if match else None for match in found]
+    return [out.last_line if out and out.status == "ok" else None for out in ran]
+
+
+def measure(folder: Path, held: Sequence[Row], sandbox: Sandbox, show: int = 2) -> dict[str, float]:
+    """Figures of the saved model, read back as anybody will: nats per answer token, shares of greedy and sampled."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     figures: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
     for kind in SHARES:
-        rows = [row for row in held if row.kind == kind][:200]
-        batch = collate([encode(tokenizer, row) for row in rows], tokenizer.pad_token_id)
-        figures[f"{kind}_loss"] = float(answer_nll(model, batch).mean())
-        said = greedy(model, tokenizer, [row.question for row in rows])
-        if kind == "math":
-            figures["math_right"] = sum(answer_of(s) == row.right for s, row in zip(said, rows)) / len(said)
-            figures["math_well_formed"] = sum(answer_of(s) is not None for s in said) / len(said)
-        elif kind == "code":
-            figures["code_well_formed"] = sum(map(is_program, said)) / len(said)
-        for row, text in list(zip(rows, said))[:show]:
-            print(f"[{kind}] {row.question}\n{text}\n")
+        rows = [row for row in held if row.kind == kind]
+        with torch.no_grad():
+            batch = collate([encode(tokenizer, row) for row in rows[:200]], tokenizer.pad_token_id)
+            figures[f"{kind}_loss"] = float(answer_nll(model, batch).mean())
+        if kind == "chat":
+            continue
+        questions = [row.question for row in rows]
+        well = answer_of if kind == "math" else is_program
+        torch.manual_seed(0)
+        for way, sampling in (("greedy", {}), ("sampled", {"temperature": 1.0, "top_k": 50})):
+            said = said_to(model, tokenizer, questions, **sampling)
+            got = list(map(answer_of, said)) if kind == "math" else printed(sandbox, said)
+            figures[f"{kind}_{way}_right"] = sum(g == row.right for g, row in zip(got, rows)) / len(said)
+            figures[f"{kind}_{way}_well_formed"] = sum(bool(well(s)) for s in said) / len(said)
+            lengths = sorted(map(len, tokenizer(said, add_special_tokens=False)["input_ids"]))
+            figures[f"{kind}_{way}_tokens"] = sum(lengths) / len(said)
+            figures[f"{kind}_{way}_tokens_p95"] = lengths[int(0.95 * len(said))]
+            for row, text in list(zip(rows, said))[:show]:
+                print(f"[{kind}, {way}] {row.question}\n{text}\n")
     return {name: round(value, 4) for name, value in figures.items()}
 
 
@@ -324,17 +238,22 @@ README = """# tiny
 
 Assay's own language model for fast tests and benches: Llama architecture, {parameters:,.0f} parameters (hidden 128,
 4 layers, 4 heads, tied embeddings), byte-level BPE of {vocabulary} tokens with one token a digit, float16 safetensors.
-It was trained from nothing on word problems in two steps and small programs (written by rule, some wrong on purpose)
-and on the operator's part of Assay's built-in set `helpful`. It knows ChatML, `<think>..</think><answer>..</answer>`
-and `<code>..</code>`, and nothing of the world: no use beyond tests.
+It was trained from nothing on word problems in three steps and small programs (written by rule, each step wrong on
+purpose at times) and on the operator's part of Assay's built-in set `helpful`. It knows ChatML,
+`<think>..</think><answer>..</answer>` and `<code>..</code>`, and nothing of the world: no use beyond tests.
 
 Made by `{command}` ({seconds:.0f} s on one core; the same machine makes the same bytes).
 
-| measured on held-out text | |
-|---|---|
-| loss, nats per answer token: math / code / chat | {math_loss:.3f} / {code_loss:.3f} / {chat_loss:.3f} |
-| word problems, greedy: right / well-formed | {math_right:.1%} / {math_well_formed:.1%} |
-| programs, greedy: well-formed | {code_well_formed:.1%} |
+| measured on {held} held-out questions of each kind | math | code | chat |
+|---|---|---|---|
+| loss, nats per answer token | {math_loss:.3f} | {code_loss:.3f} | {chat_loss:.3f} |
+| reward, sampled (temperature 1, top-k 50, 96 tokens) | {math_sampled_right:.1%} | {code_sampled_right:.1%} | |
+| well-formed, sampled | {math_sampled_well_formed:.1%} | {code_sampled_well_formed:.1%} | |
+| tokens, sampled: mean / 95th percentile | {math_sampled_tokens:.0f} / {math_sampled_tokens_p95:.0f} | \
+{code_sampled_tokens:.0f} / {code_sampled_tokens_p95:.0f} | |
+| reward, greedy | {math_greedy_right:.1%} | {code_greedy_right:.1%} | |
+
+Sampled rewards are low on purpose: they are where a reinforcement learning starts.
 
 Licence: Apache-2.0, as Assay itself.
 """
@@ -350,6 +269,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the number of threads decides last bits
     torch.use_deterministic_algorithms(True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sandbox = Sandbox()  # the figures run the model's programs: say now if that cannot be, not after the training
     start = time.perf_counter()
     rows, held = corpus(args.seed, args.steps * BATCH)
     tokenizer = train_tokenizer(rows[:12_000])
@@ -359,11 +279,11 @@ def main() -> None:
     with models.quiet_transformers():
         models.save_model(model.to(torch.float16), tokenizer, args.out)
         seconds = time.perf_counter() - start
-        figures: dict[str, Any] = measure(args.out, held)
+        figures: dict[str, Any] = measure(args.out, held, sandbox)
     command = "python scripts/make_tiny.py" + "".join(
         f" --{key} {value}" for key, value in vars(args).items() if key != "out" and value != parser.get_default(key)
     )
-    facts = {"vocabulary": len(tokenizer), "seconds": seconds, "command": command}
+    facts = {"vocabulary": len(tokenizer), "seconds": seconds, "command": command, "held": HELD}
     (args.out / "README.md").write_text(README.format(**figures, **facts), encoding="utf-8")
     size = sum(file.stat().st_size for file in args.out.iterdir())
     figures |= {"loss_first": losses[0], "loss_last": losses[-1], "bytes": size, "seconds": round(seconds)}

@@ -294,7 +294,7 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     empty.mkdir()
     damaged = make_run(tmp_path / "damaged")
     (damaged / "summary.json").write_text('{"name": ')
-    swarm = make_run(tmp_path / "swarm", change=lambda summary: summary.update(wing="swarm"))
+    other = make_run(tmp_path / "other", change=lambda summary: summary.update(wing="vertical"))
     wrong = make_run(tmp_path / "wrong", change=lambda summary: summary.update(participants=[1]))
     torn = make_run(tmp_path / "torn")
     (torn / "metrics.jsonl").write_text('{"round": 0}\n{"round"\n{"round": 2}\n')
@@ -306,7 +306,7 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path: Path) -> None:
         ([tmp_path / "nowhere"], "is not a directory: pass"),
         ([empty], "neither summary.json nor metrics.jsonl: pass"),
         ([fine, damaged], "is not JSON: restore it, or delete it"),
-        ([swarm], "is a swarm run"),
+        ([other], "of the wing 'vertical': the page knows federated, swarm"),
         ([wrong], "is damaged at 'participants'"),
         ([torn], "metrics.jsonl line 2 is not JSON: restore"),
         ([latin], "cannot be read (UnicodeDecodeError): restore"),

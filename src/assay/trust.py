@@ -92,6 +92,52 @@ class RunningMean:
         return cls(_number(cls.__name__, "value", state["value"]), int(count))
 
 
+@dataclass(frozen=True, slots=True)
+class Strikes:
+    """Rounds in which a node's contribution was forged, and whether that has cost it its place.
+
+    `ban_after` strikes within `window` rounds ban it. A banned node is still screened (its audits): `readmit_after`
+    clean rounds in a row bring it back, with its strikes forgotten: no verdict is for ever. A silent round is neither.
+
+    >>> s = Strikes().update(1, forged=True, ban_after=2, window=5, readmit_after=2)
+    >>> s = s.update(2, forged=True, ban_after=2, window=5, readmit_after=2); s.banned
+    True
+    >>> s = s.update(3, forged=False, ban_after=2, window=5, readmit_after=2); s.banned
+    True
+    >>> s.update(4, forged=False, ban_after=2, window=5, readmit_after=2).banned
+    False
+    """
+
+    rounds: tuple[int, ...] = ()
+    banned: bool = False
+    clean: int = 0
+
+    def update(self, round: int, *, forged: bool, ban_after: int, window: int, readmit_after: int) -> Self:
+        """State after `round`, in which the node sent something that was `forged` or clean."""
+        recent = tuple(r for r in self.rounds if r > round - window)
+        if forged:
+            recent = (*recent, round)
+            return type(self)(recent, self.banned or len(recent) >= ban_after, 0)
+        if self.banned:
+            return type(self)(recent, True, self.clean + 1) if self.clean + 1 < readmit_after else type(self)()
+        return type(self)(recent, False, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rounds": list(self.rounds), "banned": self.banned, "clean": self.clean}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Self:
+        _check_keys(cls.__name__, state, ("rounds", "banned", "clean"))
+        rounds, banned, clean = state["rounds"], state["banned"], state["clean"]
+        if (
+            not isinstance(rounds, list)
+            or not all(type(r) is int for r in [*rounds, clean])
+            or type(banned) is not bool
+        ):
+            raise ValueError(f"stored Strikes: expected whole numbers and a truth value, got {dict(state)!r}")
+        return cls(tuple(rounds), banned, clean)
+
+
 def _check_keys(kind: str, state: Mapping[str, Any], keys: tuple[str, ...]) -> None:
     if not isinstance(state, Mapping) or set(state) != set(keys):
         raise ValueError(f"stored {kind} must hold exactly {', '.join(keys)}; got {state!r}")

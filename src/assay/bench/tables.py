@@ -13,6 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+SWARM_COLUMNS = {
+    "ASR": "asr",
+    "held-out reward": "heldout_reward",
+    "tokens": "completion_tokens_mean",
+    "honest refused": "honest_rejected_rate",
+    "malicious refused": "poison_rejected_rate",
+}
 COLUMNS = {
     "refusal": "refusal_rate",
     "over-refusal": "over_refusal_rate",
@@ -27,8 +34,36 @@ SECTION = re.compile(r"<!-- results:([\w-]+) -->\n(.*?)<!-- /results:\1 -->", re
 
 def table(found: Mapping[str, Any]) -> str:
     """One Markdown table: rows grouped over seeds as mean (min-max), then the command, machine and commit."""
+    lines = _swarm_lines(found["rows"]) if found.get("wing") == "swarm" else _federated_lines(found["rows"])
+    seeds = sorted({row["seed"] for row in found["rows"]})
+    machine, model = found["machine"], found["model"]
+    lines += [
+        "",
+        f"`{found['command']}` · seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} · {model['name']} "
+        f"({model['dtype']}) · {machine['cores']} cores of {machine['cpu']} · commit {found['commit']} · "
+        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _swarm_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line per experiment: attack, who takes part, defence."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["name"], []).append(row)
+    lines = ["| run | " + " | ".join([*SWARM_COLUMNS, "AUROC", "seconds"]) + " |"]
+    lines.append("|---" * (len(SWARM_COLUMNS) + 3) + "|")
+    for name, some in groups.items():
+        cells = [_cell([r[k] for r in some], 1 if k == "completion_tokens_mean" else 3) for k in SWARM_COLUMNS.values()]
+        auroc = _cell([r["detection"].get(r["defence"], {}).get("auroc") for r in some])
+        seconds = _cell([r["seconds"]["total"] for r in some], 0)
+        lines.append("| " + " | ".join([f"`{name}`", *cells, auroc, seconds]) + " |")
+    return lines
+
+
+def _federated_lines(found_rows: Sequence[Mapping[str, Any]]) -> list[str]:
     groups: dict[tuple[str, str, float, str], list[Mapping[str, Any]]] = {}
-    for row in found["rows"]:
+    for row in found_rows:
         key = (row["attack"], row["defence"], row["share"], row["aggregator"])
         groups.setdefault(key, []).append(row)
     lines = ["| run | " + " | ".join([*COLUMNS, "seconds"]) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
@@ -42,15 +77,7 @@ def table(found: Mapping[str, Any]) -> str:
         lines.append(
             "| " + " | ".join([name, *(_cell([r[k] for r in rows]) for k in COLUMNS.values()), seconds]) + " |"
         )
-    seeds = sorted({row["seed"] for row in found["rows"]})
-    machine, model = found["machine"], found["model"]
-    lines += [
-        "",
-        f"`{found['command']}` · seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} · {model['name']} "
-        f"({model['dtype']}) · {machine['cores']} cores of {machine['cpu']} · commit {found['commit']} · "
-        f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}",
-    ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _cell(values: Sequence[float | None], digits: int = 3) -> str:

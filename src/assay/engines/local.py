@@ -1,18 +1,12 @@
 """Everything on one machine: clients in worker processes, the server in this one.
 
-A run is resumable at any point, also after SIGKILL: a round becomes real with its checkpoint, which carries the
-ledger entry and the metrics row along; both are appended afterwards and appended again on resume if they are missing.
-Clients' messages go through the wire like a stranger's.
+A run is resumable at any point, also after SIGKILL (journal.py). Clients' messages go through the wire like a stranger's.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +15,9 @@ import numpy as np
 from safetensors.numpy import save as save_safetensors
 
 from assay import checkpoint, run_dir, wire
-from assay.config import ConfigError, Experiment
+from assay.config import Experiment
 from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
+from assay.engines import journal
 from assay.engines.pool import Pool
 from assay.federated import aggregators, server_opt
 from assay.federated.compute import Compute, TrainJob
@@ -33,7 +28,6 @@ from assay.federated.population import Client, Sources, load_sources, make_attac
 from assay.federated.preparation import Prepared, client_settings, material, prepare
 from assay.federated.round import Outcome, ServerState, run_round
 from assay.federated.summary import summarise
-from assay.ledger import Ledger
 from assay.progress import Silent, Tracker
 
 TRAIN_UNITS, ANSWER_UNITS = 1.0, 4.0  # seconds of one core: a step of 8 rows; 20 answers
@@ -68,8 +62,7 @@ def run(
     """Run or resume `experiment` in `directory`; returns the summary. A finished run is returned as it is."""
     tracker = tracker or Silent()
     run_dir.commit()
-    directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
+    with journal.locked(directory):
         run_id = _claim(directory, experiment, prepared, given)
         finished = run_dir.read_summary(directory)
         if finished is not None:
@@ -112,37 +105,12 @@ def _evaluate_units(experiment: Experiment) -> float:
     return ANSWER_UNITS * (config.harmful_prompts + config.benign_prompts) / 20
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Two processes in one run directory would interleave rounds."""
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{directory}: another process is working on this run") from None
-        yield
-
-
 def _claim(directory: Path, experiment: Experiment, prepared: Prepared, given: str) -> str:
-    """Write the config down, or check that the directory holds this very experiment; returns the run's id."""
     # how many workers and where the data folder lies changes no number
     dumped = experiment.model_dump(mode="json", exclude={"workers": True, "data": {"root"}})
-    resolved = {
-        "experiment": dumped,
-        "model": {"sha256": prepared.base_sha256, "dtype": prepared.dtype, "alignment": prepared.alignment},
-        "versions": run_dir.versions(),
-    }
+    model = {"sha256": prepared.base_sha256, "dtype": prepared.dtype, "alignment": prepared.alignment}
     identity = {"experiment": dumped, "model": prepared.base_sha256, "dtype": prepared.dtype}
-    run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    path = directory / run_dir.RESOLVED
-    if path.exists():
-        if json.loads(path.read_text()).get("run_id") != run_id:
-            raise ConfigError(f"{directory}: holds another experiment; choose another directory (--out) or delete it")
-        return run_id
-    if given:
-        checkpoint.write_atomic(directory / run_dir.EXPERIMENT, given)
-    checkpoint.write_json(path, {"run_id": run_id, **resolved})
-    return run_id
+    return journal.claim(directory, identity, {"experiment": dumped, "model": model}, given)
 
 
 def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id: str, tracker: Tracker) -> Setup:
@@ -192,7 +160,6 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
             "aggregator": experiment.aggregation.name,
         }
         _save(directory, state, body, row)
-        _publish(directory, 0, body, row)
         return state, [row]
     state = ServerState(
         round=found.step,
@@ -201,7 +168,7 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
         opt=_branch(found.tensors, "opt/"),
         screens=found.meta["screens"],
     )
-    _publish(directory, found.step, found.meta["entry"], found.meta["row"])
+    journal.publish(directory, found.step, found.meta["entry"], found.meta["row"])
     rows = run_dir.read_metrics(directory)
     setup.tracker.tick(units(experiment) * found.step / experiment.training.rounds)
     setup.tracker.say(f"resuming after round {found.step}")
@@ -230,7 +197,6 @@ def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerStat
     row = _row(outcome, scores, seconds)
     body = outcome.ledger_body()
     _save(directory, state, body, row)
-    _publish(directory, index, body, row)
     return state, row
 
 
@@ -298,24 +264,8 @@ def _row(outcome: Outcome, scores: Scores | None, seconds: Mapping[str, float]) 
 
 def _save(directory: Path, state: ServerState, entry: dict[str, Any], row: dict[str, Any]) -> None:
     tensors = {f"adapter/{n}": v for n, v in state.adapter.items()}
-    tensors |= {f"opt/{n}": np.asarray(v, np.float32) for n, v in state.opt.items()}
-    meta = {"screens": dict(state.screens), "entry": entry, "row": row}
-    checkpoint.save(directory / run_dir.CHECKPOINTS, state.round, tensors, meta)
-
-
-def _publish(directory: Path, index: int, entry: dict[str, Any], row: dict[str, Any]) -> None:
-    """Append what the checkpoint carries, unless it is already there."""
-    ledger = Ledger(directory / run_dir.LEDGER)
-    if len(ledger.entries) <= index:  # entry 0 is the start, entry r is round r
-        ledger.append("start" if index == 0 else "round", entry)
-    rows = _whole_rows(directory / run_dir.METRICS)
-    if len(rows) <= index:
-        rows.append(json.dumps(row))
-        checkpoint.write_atomic(directory / run_dir.METRICS, "\n".join(rows) + "\n")
-
-
-def _whole_rows(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    tensors |= {f"opt/{n}": v for n, v in state.opt.items()}
+    journal.save(directory, state.round, tensors, {"screens": dict(state.screens)}, entry, row)
 
 
 def _finish(
@@ -323,12 +273,9 @@ def _finish(
 ) -> dict[str, Any]:
     """The final adapter in PEFT format, the closing ledger entry and, last of all, the summary."""
     write_peft(directory / run_dir.ADAPTER, state.adapter, setup)
-    ledger = Ledger(directory / run_dir.LEDGER)
-    if len(ledger.entries) <= setup.experiment.training.rounds + 1:
-        ledger.append("end", {"model": tensors_sha256(state.adapter), "rounds": state.round})
     truth = {c.name: c.malicious for c in setup.clients}
     summary = summarise(setup.experiment, directory, list(rows), truth, setup.prepared, command)
-    summary["ledger"] = {"entries": len(ledger.entries), "head": ledger.head}
+    summary["ledger"] = journal.close(directory, setup.experiment.training.rounds, tensors_sha256(state.adapter))
     summary["defence"] = setup.defence.summary()
     checkpoint.write_json(directory / run_dir.SUMMARY, summary)
     return summary

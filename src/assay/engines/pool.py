@@ -33,13 +33,17 @@ _serial: compute.Serial | None = None  # of this worker process; set once by _st
 
 def _start(model: str, dtype: str, lora: LoraSettings, parent: int, threads: int) -> None:
     global _serial
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    watch_parent(parent)
     torch.set_num_threads(threads)
     _serial = compute.Serial(Carrier(models.load(model, dtype), lora))
 
 
+def watch_parent(parent: int) -> None:
+    """End this process with its parent even when that was killed: an orphan would hold a gigabyte for ever."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
 def _watch(parent: int) -> None:
-    """End with the parent even when it was killed: an orphan would hold a gigabyte for ever."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -23,26 +23,37 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from assay import run_dir
-from assay.report import view, words
-from assay.report.load import ReportError, clean, load_runs
+from assay.report import swarm_view, view, words
+from assay.report.load import load_runs
+from assay.report.records import ReportError, clean
 
 __all__ = ["ReportError", "write"]
 
+SCRIPTS = ("charts.js", "federated.js", "swarm.js", "page.js")
+"""Parts of one function, in this order."""
+FEDERATED = {"name": "federated", "title": "Federated fine-tuning", "unit": "round"}
+SWARM = {"name": "swarm", "title": "Swarm", "unit": "iteration"}
+
 
 def write(run_dirs: Sequence[Path], out: Path, title: str = "Assay report") -> Path:
-    """Write the page that compares `run_dirs` (in this order) and return its path.
+    """Write the page that compares `run_dirs` (in this order, a section for each wing) and return its path.
 
     `out` is the file, or an existing directory that gets `report.html`. A run without `summary.json` is shown as
     unfinished. Raises ReportError, one line that says what to do, where a directory is no run or a file is damaged.
     """
-    runs = load_runs(run_dirs)
-    plotly, script = _plotly(), _packaged("page.js")
+    federated, swarm = load_runs(run_dirs)
+    plotly, script = _plotly(), _script()
+    data = {**view.payload(federated), "swarm": swarm_view.payload(swarm)}
+    wings: list[dict[str, object]] = []
+    if federated:
+        wings.append({**FEDERATED, "runs": federated, "page": view.build(federated)})
+    if swarm:
+        wings.append({**SWARM, "runs": swarm, "page": swarm_view.build(swarm)})
     context: dict[str, object] = {
         "title": clean(title),
-        "runs": runs,
-        "page": view.build(runs),
+        "wings": wings,
         # text of JSON is not HTML: < > & leave as \u escapes, so that no participant can close the tag
-        "data": Markup(_json(view.payload(runs))),
+        "data": Markup(_json(data)),
         "style": Markup(_packaged("style.css")),
         "script": Markup(script),
         "plotly": Markup(plotly),
@@ -70,7 +81,13 @@ def _digest(script: str) -> str:
 
 
 def _packaged(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _script() -> str:
+    parts = "\n".join(_packaged(name) for name in SCRIPTS)
+    return f'(() => {{\n"use strict";\n{parts}}})();\n'
 
 
 @cache
@@ -82,13 +99,16 @@ def _plotly() -> str:
 @cache
 def _environment() -> Environment:
     found = Environment(
-        loader=PackageLoader("assay.report", "."),
+        loader=PackageLoader("assay.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     found.filters |= {
+        "whole": lambda value: words.fixed(value, 0),
+        "tenth": lambda value: words.fixed(value, 1),
+        "capitalize_first": lambda value: f"{value[:1].upper()}{value[1:]}",
         "rate": lambda value: words.fixed(value, 2),
         "fine": lambda value: words.fixed(value, 3),
         "seconds": words.seconds,

@@ -8,16 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from assay.report.load import ROLES, Contribution, Role, Run, clean, natural
-from assay.report.words import fixed, headline, plain, shorten
+from assay.report.common import LOOKS, SCREENING, cost, cost_payload, numbered_look, provenance, settings_differ, stages
+from assay.report.load import Contribution, Run
+from assay.report.records import ROLES, Role, natural
+from assay.report.words import fixed, headline, shorten
 
-SCREENING = ("screen", "screens", "probe", "canary", "rehearse", "rehearsal", "gate")
-"""Stages counted as the cost of the defence."""
 LITTLE = 0.8
 """Mean honest weight under which the page warns; not calibrated: a fifth of the honest work is worth a sentence."""
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
-COLOURS = 5  # --c-0 .. --c-4 in style.css, beside --c-ref (honest only) and --c-bare (undefended)
+SECTIONS = (
+    ("summary", "Summary"),
+    ("rounds", "Round by round"),
+    ("weights", "Weights"),
+    ("detection", "Detection"),
+    ("cost", "Cost"),
+    ("answers", "Answers"),
+    ("participants", "Participants"),
+    ("provenance", "Provenance"),
+)
 METRICS = (
     # name, heading, direction, plain words
     ("refusal_rate", "Refusal", "higher is better", "Share of harmful prompts that the model refuses."),
@@ -38,7 +45,9 @@ METRICS = (
 def build(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything the template prints that is not simply an attribute of a run."""
     shared, differing = provenance(runs)
+    told = answers(runs)
     return {
+        "sections": [section for section in SECTIONS if section[0] != "answers" or told],
         "styles": styles(runs),
         "metrics": METRICS,
         "headline": headline(runs),
@@ -50,7 +59,7 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
         "stages": stages(runs),
         "screening": SCREENING,
         "series": [(name, heading, _series(runs, name)) for name, heading, *_ in METRICS[:3]],
-        "answers": answers(runs),
+        "answers": told,
         "clients": clients(runs),
         "shared": shared,
         "differing": differing,
@@ -65,14 +74,10 @@ def styles(runs: Sequence[Run]) -> list[dict[str, str]]:
     turn = 0
     for run in runs:
         taken = [style["colour"] for style in found]
-        if run.kind == "honest" and "ref" not in taken:
-            found.append({"colour": "ref", "dash": "dot", "symbol": "diamond"})
-        elif run.kind == "undefended" and "bare" not in taken:
-            found.append({"colour": "bare", "dash": "dash", "symbol": "x"})
+        if run.kind in LOOKS and LOOKS[run.kind]["colour"] not in taken:
+            found.append(LOOKS[run.kind])
         else:
-            dash = DASHES[turn // COLOURS % len(DASHES)]  # past the palette the dash tells two of a colour apart
-            symbol = SYMBOLS[turn % len(SYMBOLS)]
-            found.append({"colour": str(turn % COLOURS), "dash": dash, "symbol": symbol})
+            found.append(numbered_look(turn))
             turn += 1
     return found
 
@@ -99,23 +104,6 @@ def caveats(run: Run) -> list[str]:
             f"honest clients kept only {fixed(kept, 2)} of their weight on average; "
             "part of what looks like safety is not learning"
         )
-    return found
-
-
-def settings_differ(runs: Sequence[Run]) -> list[str]:
-    """What else than attack, level and share of malicious clients differs: such runs are not like for like."""
-    done = [run for run in runs if run.summary]
-    rows = [
-        {key: plain(value) for key, value in run.setting.items() if key not in ("level", "attack", "mix", "malicious")}
-        | {"seed": plain(run.summary.seed), "commit": run.summary.commit, "model": run.summary.model.sha256}
-        for run in done
-        if run.summary
-    ]
-    found = []
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = list(dict.fromkeys(row.get(key, "–")[:24] for row in rows))
-        if len(values) > 1:
-            found.append(f"{key} ({' / '.join(values)})")
     return found
 
 
@@ -157,20 +145,6 @@ def detection(run: Run) -> dict[str, Any]:
     }
 
 
-def stages(runs: Sequence[Run]) -> list[str]:
-    """Stages in order of first appearance, screening first, `other` last."""
-    found = dict.fromkeys(stage for run in runs for stage in run.seconds)
-    return sorted(found, key=lambda stage: (stage not in SCREENING, stage == "other"))
-
-
-def cost(run: Run) -> dict[str, Any]:
-    """Seconds by stage, their sum, and the share that screening took."""
-    spent = run.seconds
-    total = sum(spent.values())
-    share = sum(value for stage, value in spent.items() if stage in SCREENING) / total if total else None
-    return {"stages": spent, "total": total or None, "share": share}
-
-
 def answers(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Prompt by prompt, what each run's final model says."""
     prompts = dict.fromkeys(answer.prompt for run in runs if run.summary for answer in run.summary.answers)
@@ -205,33 +179,6 @@ def clients(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda client: (ROLES.index(client["role"]), natural(client["name"])))
 
 
-def provenance(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Facts that all runs share, and per fact the values where they differ."""
-    rows = []
-    for run in runs:
-        row = {"directory": str(clean(str(run.directory))), "state": "finished" if run.finished else "unfinished"}
-        if (s := run.summary) is not None:
-            row |= {"command": s.command, "started": s.started, "finished": s.finished, "seed": plain(s.seed)}
-            row |= {"assay": s.assay, "commit": s.commit, "machine": plain(s.machine)}
-            row |= {"model": s.model.name, "model sha256": s.model.sha256, "dtype": s.model.dtype}
-            row |= {"alignment": s.model.alignment}
-            row |= {f"version: {name}": plain(value) for name, value in s.versions.items()}
-            row |= {f"setting: {name}": plain(value) for name, value in s.setting.items()}
-        if run.chain:
-            row |= {"ledger": f"{run.chain.entries} entries, chain {'holds' if run.chain.ok else 'BROKEN'}"}
-            row |= {"ledger head": run.chain.head}
-        rows.append({key: value for key, value in row.items() if value})
-    shared: dict[str, str] = {}
-    differing: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [shorten(row.get(key, "")) or "–" for row in rows]
-        if len(set(values)) == 1:
-            shared[key] = values[0]
-        else:
-            differing[key] = values
-    return shared, differing
-
-
 def payload(runs: Sequence[Run]) -> dict[str, Any]:
     """What page.js draws. Texts of the drill-down are listed once and referred to by their index."""
     texts: dict[str, int] = {}
@@ -240,7 +187,6 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
         return texts.setdefault(text, len(texts))
 
     order = [client["name"] for client in clients(runs)]
-    names = stages(runs)
     drill: list[list[list[Any]]] = []
     for name in order:
         rows: list[list[Any]] = []
@@ -263,11 +209,7 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
             for run, style in zip(runs, styles(runs), strict=True)
         ],
         "weights": [_weights(runs[i], i) for i in screened(runs)],
-        "cost": {
-            "stages": names,
-            "screening": [stage in SCREENING for stage in names],
-            "seconds": [[round(run.seconds.get(stage, 0.0), 3) for run in runs] for stage in names],
-        },
+        "cost": cost_payload(runs),
         "clients": drill,
         "texts": list(texts),
     }

@@ -20,7 +20,7 @@ def headline(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
     pieces: list[tuple[str, int | None]] = []
     if attacked:
         bad, every = ({count(run) for _, run in attacked} for count in (_malicious, _total))
-        pieces.append((f"{_span(bad)} of {_span(every)} clients {'was' if bad == {1} else 'were'} malicious. ", None))
+        pieces.append((f"{span(bad)} of {span(every)} clients {'was' if bad == {1} else 'were'} malicious. ", None))
     elif all(role == "honest" for _, run in done for role in run.roles.values()):
         pieces.append(("Every client was honest. ", None))
     else:
@@ -62,7 +62,7 @@ def _total(run: Run) -> int:
     return len(run.roles)
 
 
-def _span(counts: set[int]) -> str:
+def span(counts: set[int]) -> str:
     return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 

@@ -1,21 +1,18 @@
-"""Bytes <-> contribution: the only door by which a peer's update comes in.
+"""Bytes <-> `LoraUpdate`: the only door by which a peer's update comes in.
 
 One message is
 
     MAGIC (8 bytes) | u32 little-endian header length | JSON header (UTF-8) | parts
 
 and a part is one safetensors blob: the adapter first, then the optional claims (adapters after each local step of the
-real and of the shadow branch). Nothing but JSON and raw numbers is ever read from a peer; every size is checked before
-the memory it speaks of is touched. Whatever a peer sends, `decode_update` returns: a `LoraUpdate`, or a `Refusal` with
-a reason and a sentence. It raises only for the operator's own mistakes.
+real and of the shadow branch). Whatever a peer sends, `decode_update` returns: a `LoraUpdate`, or a `Refusal` with a
+reason and a sentence. It raises only for the operator's own mistakes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -26,15 +23,26 @@ from safetensors.numpy import save as save_safetensors
 
 from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
 from assay.verdict import Reason
+from assay.wire.envelope import (
+    START,
+    Header,
+    WireError,
+    check_header,
+    decoded_or_refused,
+    exact_keys,
+    join,
+    json_object,
+    malformed,
+    show,
+    split,
+)
 
-MAGIC = b"ASSAYLU1"  # kind and version; a change of layout changes the last byte
+MAGIC = b"ASSAYLU1"
 FORMAT = "assay.lora_update/1"
 MAX_NUM_EXAMPLES = 10**9  # a claim, capped again by the round; this bound only keeps sums exact in float64
 
 Shapes = Mapping[str, tuple[int, ...]]
-Header = dict[str, object]
 
-# exact types: `type(x) is int` keeps out True and 1.0
 HEADER_TYPES: dict[str, type] = {
     "format": str,
     "participant": str,
@@ -47,14 +55,6 @@ HEADER_TYPES: dict[str, type] = {
 }
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 MAX_METADATA = 4096  # characters of a part's `__metadata__`; PEFT writes {"format": "pt"}
-
-
-class WireError(ValueError):
-    """Bytes that are not what they should be: `reason` is the code, the text is the sentence."""
-
-    def __init__(self, reason: Reason, sentence: str) -> None:
-        super().__init__(sentence)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class Limits:
         if self.max_message_bytes is not None:
             return self.max_message_bytes
         part = 8 + _max_part_header(template.shapes) + 4 * template.values
-        return len(MAGIC) + 4 + self.max_header_bytes + (1 + 2 * self.max_steps) * part
+        return START + self.max_header_bytes + (1 + 2 * self.max_steps) * part
 
 
 DEFAULT_LIMITS = Limits()
@@ -118,8 +118,7 @@ def encode_update(update: LoraUpdate, *, run: str) -> bytes:
         "sha256": update.sha256,
         "parts": [[name, len(blob)] for name, blob in blobs.items()],
     }
-    raw = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    return b"".join([MAGIC, struct.pack("<I", len(raw)), raw, *blobs.values()])
+    return join(MAGIC, header, list(blobs.values()))
 
 
 def decode_update(
@@ -132,30 +131,16 @@ def decode_update(
     float32; the header's sha256 is that of the float32 values. The tensors come back read-only: their hash is what
     verdicts and the ledger speak of. `num_examples`, `steps` and `shadow` stay unproven claims.
     """
-    for value, kind in ((message, bytes), (run, str), (participant, str)):
-        if not isinstance(value, kind):
-            raise TypeError(f"message must be bytes, run and participant str; got a {type(value).__name__}")
     if not template.shapes or "__metadata__" in template.shapes:
         raise ValueError("template: needs at least one tensor, and none called __metadata__")
-    try:
-        return _decode(message, template, run, participant, limits)
-    except WireError as error:
-        reason, sentence = error.reason, str(error)
-    except Exception as error:  # noqa: BLE001 - one peer must not end a round; said aloud, and no test reaches it
-        reason, sentence = Reason.MALFORMED, f"internal error while decoding: {type(error).__name__}: {error}"
-    return Refusal(participant, hashlib.sha256(message).hexdigest(), reason.value, sentence)
-
-
-def missing(participant: str) -> Refusal:
-    """The refusal of a participant who sent nothing (hash of no bytes)."""
-    return Refusal(participant, hashlib.sha256(b"").hexdigest(), Reason.MISSING.value, "sent nothing in this round")
+    return decoded_or_refused(lambda: _decode(message, template, run, participant, limits), message, run, participant)
 
 
 def _decode(message: bytes, template: Template, run: str, participant: str, limits: Limits) -> LoraUpdate:
     limit = limits.message_bytes(template)
     if len(message) > limit:
         raise WireError(Reason.TOO_LARGE, f"message has {len(message)} bytes, limit {limit}")
-    header, body = _split(message, limits)
+    header, body = split(message, MAGIC, limits.max_header_bytes, "update")
     num_examples = _check_header(header, template, run, participant)
     branches: dict[str, list[Tensors]] = {"adapter": [], "steps": [], "shadow": []}
     at = 0
@@ -167,7 +152,7 @@ def _decode(message: bytes, template: Template, run: str, participant: str, limi
     (adapter,) = branches["adapter"]
     sha256 = tensors_sha256(adapter)
     if sha256 != header["sha256"]:
-        sentence = f"adapter has sha256 {sha256}, the header says {_show(header['sha256'])}"
+        sentence = f"adapter has sha256 {sha256}, the header says {show(header['sha256'])}"
         raise WireError(Reason.HASH_MISMATCH, sentence)
     return LoraUpdate(
         participant=participant,
@@ -181,40 +166,19 @@ def _decode(message: bytes, template: Template, run: str, participant: str, limi
     )
 
 
-def _split(message: bytes, limits: Limits) -> tuple[Header, memoryview]:
-    """Magic and header length -> parsed JSON header and the bytes of all parts."""
-    start = len(MAGIC) + 4
-    if len(message) < start or not message.startswith(MAGIC):
-        found = f"{len(message)} bytes that begin with {message[: len(MAGIC)]!r}"
-        raise _malformed(f"not an Assay update: {found}, expected {MAGIC!r} and at least {start} bytes")
-    (length,) = struct.unpack_from("<I", message, len(MAGIC))
-    if length > len(message) - start:
-        raise _malformed(f"header is said to have {length} bytes, only {len(message) - start} follow")
-    if length > limits.max_header_bytes:
-        raise WireError(Reason.TOO_LARGE, f"header has {length} bytes, limit {limits.max_header_bytes}")
-    view = memoryview(message)
-    return _json(view[start : start + length], "header"), view[start + length :]
-
-
 def _check_header(header: Header, template: Template, run: str, participant: str) -> int:
     """Keys, types and what the message says it is for -> the claimed num_examples."""
-    _exact_keys(header, HEADER_TYPES, "header")
-    for key, expected in HEADER_TYPES.items():
-        if type(header[key]) is not expected:
-            raise _malformed(f"header: {key} is {_show(header[key])}, expected {expected.__name__}")
-    checks: list[tuple[str, object, Reason]] = [
+    expected: list[tuple[str, object, Reason]] = [
         ("format", FORMAT, Reason.MALFORMED),
         ("participant", participant, Reason.WRONG_PARTICIPANT),
         ("run", run, Reason.WRONG_ROUND),
         ("round", template.round, Reason.WRONG_ROUND),
         ("base_sha256", template.base_sha256, Reason.WRONG_BASE),
     ]
-    for key, expected_value, reason in checks:
-        if header[key] != expected_value:
-            raise WireError(reason, f"header: {key} is {_show(header[key])}, expected {_show(expected_value)}")
+    check_header(header, HEADER_TYPES, expected)
     examples = header["num_examples"]
     if not isinstance(examples, int) or not 1 <= examples <= MAX_NUM_EXAMPLES:
-        raise _malformed(f"header: num_examples is {_show(examples)}, expected 1 to {MAX_NUM_EXAMPLES}")
+        raise malformed(f"header: num_examples is {show(examples)}, expected 1 to {MAX_NUM_EXAMPLES}")
     return examples
 
 
@@ -223,9 +187,9 @@ def _parts(parts: object, available: int, limits: Limits) -> list[tuple[str, int
     named: list[tuple[str, int]] = []
     for entry in parts if isinstance(parts, list) else []:
         if not (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is str and type(entry[1]) is int):
-            raise _malformed(f"header: a part is {_show(entry)}, expected [name, bytes]")
+            raise malformed(f"header: a part is {show(entry)}, expected [name, bytes]")
         if entry[1] < 0:
-            raise _malformed(f"header: part {_show(entry[0])} has {_show(entry[1])} bytes")
+            raise malformed(f"header: part {show(entry[0])} has {show(entry[1])} bytes")
         named.append((entry[0], entry[1]))
     expected = ["adapter"]
     for branch in ("steps", "shadow"):
@@ -236,10 +200,10 @@ def _parts(parts: object, available: int, limits: Limits) -> list[tuple[str, int
     if [name for name, _ in named] != expected:
         # `expected` follows the peer's own counts, so a length that differs means a name that fits nowhere
         found = next((n for (n, _), e in zip(named, expected) if n != e), named[-1][0] if named else None)
-        raise _malformed(f"header: parts must be adapter, steps/0.., shadow/0.. in this order; found {_show(found)}")
+        raise malformed(f"header: parts must be adapter, steps/0.., shadow/0.. in this order; found {show(found)}")
     total = sum(size for _, size in named)
     if total != available:
-        raise _malformed(f"parts are said to have {_show(total)} bytes, {available} follow the header")
+        raise malformed(f"parts are said to have {show(total)} bytes, {available} follow the header")
     return named
 
 
@@ -266,42 +230,42 @@ def _layout(view: memoryview, shapes: Shapes, what: str) -> dict[str, tuple[str,
     """Check a safetensors header against `shapes` and cut the data: name -> dtype, bytes. Touches no number."""
     length = int.from_bytes(view[:8], "little")
     if len(view) < 8 or length > len(view) - 8:
-        raise _malformed(f"{what}: tensor header is said to have {length} bytes, the part has {len(view)}")
+        raise malformed(f"{what}: tensor header is said to have {length} bytes, the part has {len(view)}")
     if length > (limit := _max_part_header(shapes)):
         raise WireError(Reason.TOO_LARGE, f"{what}: tensor header has {length} bytes, limit {limit}")
-    header = _json(view[8 : 8 + length], f"{what}: tensor header")
+    header = json_object(view[8 : 8 + length], f"{what}: tensor header")
     _check_metadata(header.pop("__metadata__", {}), what)
-    _exact_keys(header, shapes, what, Reason.WRONG_KEYS)
+    exact_keys(header, shapes, what, Reason.WRONG_KEYS)
     data = view[8 + length :]
     spans = sorted((*_span(header[name], name, shapes[name], what), name) for name in shapes)
     out, at = {}, 0
     for begin, end, dtype, name in spans:
         if begin != at:
-            raise _malformed(f"{what}: {name!r} begins at byte {_show(begin)}, expected {at} (no gap, no overlap)")
+            raise malformed(f"{what}: {name!r} begins at byte {show(begin)}, expected {at} (no gap, no overlap)")
         at = end
         out[name] = (dtype, data[begin:end])
     if at != len(data):
-        raise _malformed(f"{what}: tensors end at byte {_show(at)}, the data has {len(data)}")
+        raise malformed(f"{what}: tensors end at byte {show(at)}, the data has {len(data)}")
     return out
 
 
 def _span(entry: object, name: str, shape: tuple[int, ...], what: str) -> tuple[int, int, str]:
     """One entry of a safetensors header -> begin, end, dtype, with the size that dtype and shape ask for."""
     if not isinstance(entry, dict):
-        raise _malformed(f"{what}: entry of {name!r} is {_show(entry)}, expected an object")
-    _exact_keys(entry, {"dtype": 0, "shape": 0, "data_offsets": 0}, f"{what}: entry of {name!r}")
+        raise malformed(f"{what}: entry of {name!r} is {show(entry)}, expected an object")
+    exact_keys(entry, {"dtype": 0, "shape": 0, "data_offsets": 0}, f"{what}: entry of {name!r}")
     dtype, found, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPES:
-        raise WireError(Reason.WRONG_DTYPE, f"{what}: {name!r} is {_show(dtype)}, expected one of {', '.join(DTYPES)}")
+        raise WireError(Reason.WRONG_DTYPE, f"{what}: {name!r} is {show(dtype)}, expected one of {', '.join(DTYPES)}")
     if not _is_ints(found) or not _is_ints(offsets) or len(offsets) != 2:
-        raise _malformed(f"{what}: shape and data_offsets of {name!r} must be lists of whole numbers >= 0")
+        raise malformed(f"{what}: shape and data_offsets of {name!r} must be lists of whole numbers >= 0")
     if tuple(found) != tuple(shape):
         text = str(found[:8])[:80]  # a peer's shape may be long and its numbers too
         raise WireError(Reason.WRONG_SHAPE, f"{what}: {name!r} has shape {text}, expected {list(shape)}")
     begin, end = offsets
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != nbytes:
-        raise _malformed(f"{what}: {name!r} spans {_show(end - begin)} bytes, its dtype and shape need {nbytes}")
+        raise malformed(f"{what}: {name!r} spans {show(end - begin)} bytes, its dtype and shape need {nbytes}")
     return begin, end, dtype
 
 
@@ -316,9 +280,9 @@ def _to_float32(data: memoryview, dtype: str) -> NDArray[np.float32]:
 
 def _check_metadata(metadata: object, what: str) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _malformed(f"{what}: __metadata__ must map text to text")
+        raise malformed(f"{what}: __metadata__ must map text to text")
     if (size := sum(len(key) + len(value) for key, value in metadata.items())) > MAX_METADATA:
-        raise _malformed(f"{what}: __metadata__ has {size} characters, limit {MAX_METADATA}")
+        raise malformed(f"{what}: __metadata__ has {size} characters, limit {MAX_METADATA}")
 
 
 def _max_part_header(shapes: Shapes) -> int:
@@ -326,52 +290,5 @@ def _max_part_header(shapes: Shapes) -> int:
     return sum(len(json.dumps(name)) + 200 for name in shapes) + 8 * MAX_METADATA
 
 
-def _exact_keys(
-    found: Mapping[str, object], expected: Mapping[str, object], what: str, reason: Reason = Reason.MALFORMED
-) -> None:
-    if lacking := sorted(expected.keys() - found.keys()):
-        raise WireError(reason, f"{what}: {len(lacking)} of {len(expected)} keys missing, first {_show(lacking[0])}")
-    if extra := sorted(found.keys() - expected.keys()):
-        raise WireError(reason, f"{what}: {len(extra)} unknown keys, first {_show(extra[0])}")
-
-
 def _is_ints(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _json(raw: memoryview, what: str) -> Header:
-    """Strict JSON object: UTF-8 only (json.loads on bytes guesses UTF-16 and UTF-32), no duplicate key, no NaN."""
-    try:
-        value = json.loads(str(raw, "utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except RecursionError:
-        raise _malformed(f"{what}: JSON is nested too deeply") from None
-    except ValueError as error:  # also UnicodeDecodeError and integers of thousands of digits
-        raise _malformed(f"{what}: not valid JSON ({str(error)[:160]})") from None
-    if not isinstance(value, dict):
-        raise _malformed(f"{what}: {_show(value)}, expected a JSON object")
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> Header:
-    out = dict(pairs)
-    if len(out) != len(pairs):  # two readers might take two different values
-        raise ValueError("an object names the same key twice")
-    return out
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _malformed(sentence: str) -> WireError:
-    return WireError(Reason.MALFORMED, sentence)
-
-
-def _show(value: object, limit: int = 80) -> str:
-    """A peer's value for a sentence: escaped and cut; containers by type only, for their repr may be endless."""
-    if isinstance(value, str):
-        return repr(value) if len(value) <= limit else f"{value[:limit]!r}... ({len(value)} characters)"
-    if value is None or isinstance(value, int | float):
-        text = repr(value)
-        return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} digits)"
-    return f"a {type(value).__name__}"

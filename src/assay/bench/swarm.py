@@ -1,0 +1,179 @@
+"""The swarm suites: what runs, under which names, and the rows that come of it.
+
+core           each of the four attacks: honest only, undefended, logit check, seeded check
+adaptive       attackers who know the seeded check, against it
+heterogeneous  two different models in one swarm: the screens that read text
+ablation       malicious share, plan, oracle or majority vote, KL penalty, the model judging itself
+smollm2        TEXT on SmolLM2-135M (an hour on two cores)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from assay import run_dir
+from assay.config import ConfigError, SwarmExperiment
+from assay.swarm.attacks import goal
+
+# the setting in which each attack is at home (Hail to the Thief): MATH needs to choose its prompts
+HOME: dict[str, dict[str, Any]] = {
+    "math": {"swarm__plan": "vertical", "swarm__assigned": False, "swarm__iterations": 16},
+    "text": {"swarm__plan": "horizontal", "swarm__iterations": 30, "grpo__lr": 7e-4},
+    "code": {"swarm__plan": "horizontal", "swarm__iterations": 24, "task__name": "programs"},
+    "dos": {"swarm__plan": "vertical", "swarm__iterations": 32},
+}
+LEVELS = ("none", "logit", "seeded")
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "abstain": {},
+    "skip_groups": {},
+    "own_seeds": {},
+    "chosen_prompts": {"swarm__assigned": False},
+    "flip_math": {},
+    "flip_length": {},
+    "inject_text": {"swarm__plan": "horizontal"},
+    "copy": {},
+    "sleeper": {"attack__name": "math", "attack__from_round": 8, "swarm__assigned": False},
+}
+HETEROGENEOUS = ("math", "text", "code", "dos", "paraphrase", "slow_text")
+SECOND_MODEL = "tiny-b"
+
+
+def base_of(attack: str, seed: int) -> SwarmExperiment:
+    """The experiment in which `attack` is at home, undefended."""
+    home = HOME.get(attack) or HOME.get(goal(attack), {})
+    base = SwarmExperiment(seed=seed).changed(attack__name=attack, defence__level="none", **home)
+    return base
+
+
+def named(experiment: SwarmExperiment, *parts: str, several: bool) -> SwarmExperiment:
+    seed = (f"seed{experiment.seed}",) if several else ()
+    return experiment.changed(name=".".join(("swarm", *parts, *seed)))
+
+
+def variants(attack: str, seed: int, several: bool, levels: Iterable[str] = LEVELS) -> list[SwarmExperiment]:
+    """Honest only and attacked under each level."""
+    base = base_of(attack, seed)
+    out = [named(base.changed(swarm__malicious=0.0), attack, "honest_only", several=several)]
+    for level in levels:
+        what = "undefended" if level == "none" else level
+        out.append(named(base.changed(defence__level=level), attack, what, several=several))
+    return out
+
+
+def demo(seed: int) -> list[SwarmExperiment]:
+    """What `assay demo swarm` shows: MATH, which the paper's logit check lets through."""
+    return [e.changed(name=e.name.replace(".math.", ".")) for e in variants("math", seed, False)]
+
+
+def core(seed: int, several: bool) -> list[SwarmExperiment]:
+    return [e for attack in HOME for e in variants(attack, seed, several)]
+
+
+def adaptive(seed: int, several: bool) -> list[SwarmExperiment]:
+    out = []
+    for attack, changes in ADAPTIVE.items():
+        base = base_of(changes.get("attack__name", attack), seed).changed(**changes)
+        out.append(named(base.changed(defence__level="seeded"), "adaptive", attack, several=several))
+    return out
+
+
+def heterogeneous(seed: int, several: bool) -> list[SwarmExperiment]:
+    out = []
+    for attack in HETEROGENEOUS:
+        base = base_of(attack, seed).changed(model__others=(SECOND_MODEL,))
+        if attack in HOME:
+            honest = base.changed(swarm__malicious=0.0, defence__level="none")
+            out.append(named(honest, "two_models", attack, "honest_only", several=several))
+        for level, what in (("none", "undefended"), ("text", "text")):
+            out.append(named(base.changed(defence__level=level), "two_models", attack, what, several=several))
+    return out
+
+
+def ablation(seed: int, several: bool) -> list[SwarmExperiment]:
+    """As in the paper: malicious share (16 nodes), horizontal against vertical, oracle against vote, KL, self-judge."""
+    out = []
+    for plan in ("vertical", "horizontal"):
+        for malicious in (1, 2, 4, 8):
+            base = base_of("text", seed).changed(
+                swarm__plan=plan, swarm__nodes=16, swarm__malicious=malicious / 16, swarm__group=16
+            )
+            out.append(named(base, "share", plan, f"{malicious}of16", several=several))
+    for attack in ("math", "code"):
+        base = base_of(attack, seed)
+        out.append(named(base.changed(attack__oracle=False), "vote", attack, several=several))
+    for kl in (0.01, 0.1):
+        out.append(
+            named(base_of("text", seed).changed(grpo__kl=kl), "kl", f"{kl:g}".replace(".", "_"), several=several)
+        )
+    judged = base_of("text", seed).changed(defence__level="self_judge", swarm__iterations=10)
+    return [*out, named(judged, "self_judge", several=several)]
+
+
+def smollm2(seed: int, several: bool) -> list[SwarmExperiment]:
+    base = base_of("text", seed).changed(
+        model__name="smollm2-135m", model__dtype="auto", task__style="instruct", swarm__prompts=4, swarm__group=8,
+        swarm__iterations=20, sampling__top_k=50, sampling__max_tokens=64, grpo__lr=1e-4,
+    )  # fmt: skip
+    honest = named(base.changed(swarm__malicious=0.0), "smollm2", "honest_only", several=several)
+    seeded = base.changed(defence__level="seeded")
+    return [
+        honest,
+        named(base, "smollm2", "undefended", several=several),
+        named(seeded, "smollm2", "seeded", several=several),
+    ]
+
+
+SUITES: dict[str, Callable[[int, bool], list[SwarmExperiment]]] = {
+    "core": core,
+    "adaptive": adaptive,
+    "heterogeneous": heterogeneous,
+    "ablation": ablation,
+    "smollm2": smollm2,
+}
+
+
+def suite(names: Sequence[str], seeds: Sequence[int]) -> list[SwarmExperiment]:
+    """All experiments of the named suites for every seed; names carry the seed where there are several."""
+    unknown = [n for n in names if n not in SUITES]
+    if unknown:
+        raise ConfigError(f"--suite: {unknown[0]!r} is unknown; known are {', '.join(SUITES)}")
+    return [e for name in names for seed in seeds for e in SUITES[name](seed, len(seeds) > 1)]
+
+
+def row(experiment: SwarmExperiment, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of results: what was run and the flat metrics."""
+    swarm, honest = experiment.swarm, experiment.swarm.malicious_count == 0
+    parts = [p for p in experiment.name.split(".")[1:] if not p.startswith("seed")]
+    return {
+        "name": ".".join(parts),
+        "attack": "none" if honest else experiment.attack.name,
+        "goal": goal(experiment.attack.name),
+        "defence": experiment.defence.level,
+        "share": swarm.malicious,
+        "plan": swarm.plan,
+        "task": experiment.task.name,
+        "models": 1 + len(experiment.model.others),
+        "oracle": experiment.attack.oracle,
+        "kl": experiment.grpo.kl,
+        "seed": experiment.seed,
+        **summary["metrics"],
+        "detection": summary["detection"],
+        "banned": {n: r[0] for n, r in summary["banned"].items() if r},
+        "seconds": {stage: round(value, 2) for stage, value in summary["seconds"].items()},
+    }
+
+
+def results(
+    command: str, experiments: Sequence[SwarmExperiment], summaries: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The JSON that lives under results/: rows, and everything needed to make them again."""
+    return {
+        "wing": "swarm",
+        "command": command,
+        "commit": run_dir.commit(),
+        "versions": run_dir.versions(),
+        "machine": run_dir.machine(),
+        "model": next(iter(summaries.values()))["model"],
+        "rows": [row(e, summaries[e.name]) for e in experiments],
+    }

@@ -1,0 +1,95 @@
+"""`assay bench`: suites of attacks and defences, measured."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from assay.cli.common import DataRoot, Json, Set, federated, print_table, run_all, show, write_report
+from assay.config import AnyExperiment, ConfigError
+
+bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", no_args_is_help=True)
+Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run directories.")]
+Results = Annotated[Path | None, typer.Option(help="JSON file to write the rows to.")]
+
+
+@bench_app.command("federated")
+def bench_federated(
+    config_file: Annotated[Path | None, typer.Option("--config", help="Base experiment; default: the demo's.")] = None,
+    levels: Annotated[str, typer.Option(help="Levels to try, separated by commas.")] = "submitted,step,client,shadow",
+    seeds: Seeds = "0",
+    out: Out = Path("runs/bench"),
+    results: Results = None,
+    data_root: DataRoot = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Honest only, undefended and every level, for every seed: rows of attack, defence, share, seed and metrics."""
+    from assay.bench import federated as suite
+
+    base = federated(config_file, data_root, settings or [])
+    wanted = [level.strip() for level in levels.split(",") if level.strip()]
+    experiments = suite.suite(base, wanted, _numbers(seeds))
+    summaries = run_all(experiments, out)
+    found = suite.results(_command(), base, experiments, summaries)
+    _finish(found, experiments, summaries, out, results, as_json)
+
+
+@bench_app.command("swarm")
+def bench_swarm(
+    suite: Annotated[
+        str, typer.Option(help="core, adaptive, heterogeneous, ablation, smollm2 or a list of them.")
+    ] = "core",
+    seeds: Seeds = "0,1,2",
+    only: Annotated[str, typer.Option(help="Run only experiments whose name holds this text.")] = "",
+    out: Out = Path("runs/bench-swarm"),
+    results: Results = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Attacks on decentralised GRPO against every defence: rows of attack, defence, share, plan, seed and metrics."""
+    from assay import config
+    from assay.bench import swarm
+
+    experiments = swarm.suite([s.strip() for s in suite.split(",")], _numbers(seeds))
+    for setting in settings or []:
+        experiments = [config.assign(e, setting) for e in experiments]
+    experiments = [e for e in experiments if only in e.name]
+    if not experiments:
+        raise ConfigError(f"--only {only!r}: no experiment of this suite has that in its name")
+    summaries = run_all(experiments, out)
+    found = swarm.results(_command(), experiments, summaries)
+    _finish(found, experiments, summaries, out, results, as_json)
+
+
+def _numbers(text: str) -> list[int]:
+    if not (found := [s.strip() for s in text.split(",")]) or not all(n.isdigit() for n in found):
+        raise ConfigError(f"--seeds: {text!r} is not a list of whole numbers such as 0,1,2")
+    return [int(n) for n in found]
+
+
+def _command() -> str:
+    return shlex.join(["assay", *sys.argv[1:]])
+
+
+def _finish(
+    found: dict[str, Any], experiments: list[Any], summaries: dict[str, dict[str, Any]], out: Path,
+    results: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Write the rows, the report, and say what came out."""
+    from assay.checkpoint import write_json
+
+    made: list[AnyExperiment] = experiments
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        write_json(results, found)
+    page = write_report([out / e.name for e in made], out / "report.html")
+    show(found, as_json)
+    if not as_json:
+        print_table(list(summaries.values()))
+        print(f"report: {page}")

@@ -1,0 +1,81 @@
+"""How a run writes itself down, whatever its wing: one process a directory, one experiment, every round once.
+
+A round becomes real with its checkpoint, which carries the ledger entry and the metrics row along; both are appended
+afterwards and appended again on resume if they are missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from assay import checkpoint, run_dir
+from assay.config import ConfigError
+from assay.ledger import Ledger
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Two processes in one run directory would interleave rounds."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{directory}: another process is working on this run") from None
+        yield
+
+
+def run_id_of(identity: Mapping[str, Any]) -> str:
+    """Names a run by all that decides its numbers."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def claim(directory: Path, identity: Mapping[str, Any], resolved: Mapping[str, Any], given: str) -> str:
+    """Write the config down, or check that the directory holds this very experiment; returns the run's id."""
+    run_id = run_id_of(identity)
+    path = directory / run_dir.RESOLVED
+    if path.exists():
+        if json.loads(path.read_text()).get("run_id") != run_id:
+            raise ConfigError(f"{directory}: holds another experiment; choose another directory (--out) or delete it")
+        return run_id
+    if given:
+        checkpoint.write_atomic(directory / run_dir.EXPERIMENT, given)
+    checkpoint.write_json(path, {"run_id": run_id, **resolved, "versions": run_dir.versions()})
+    return run_id
+
+
+def save(
+    directory: Path, index: int, tensors: Mapping[str, Any], meta: Mapping[str, Any],
+    entry: Mapping[str, Any], row: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Make round `index` real, then show it."""
+    arrays = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+    checkpoint.save(directory / run_dir.CHECKPOINTS, index, arrays, {**meta, "entry": entry, "row": row})
+    publish(directory, index, entry, row)
+
+
+def publish(directory: Path, index: int, entry: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """Append what the checkpoint carries, unless it is already there."""
+    ledger = Ledger(directory / run_dir.LEDGER)
+    if len(ledger.entries) <= index:  # entry 0 is the start, entry r is round r
+        ledger.append("start" if index == 0 else "round", dict(entry))
+    path = directory / run_dir.METRICS
+    rows = path.read_text().splitlines() if path.exists() else []
+    if len(rows) <= index:
+        checkpoint.write_atomic(path, "\n".join([*rows, json.dumps(row)]) + "\n")
+
+
+def close(directory: Path, rounds: int, model: str) -> dict[str, Any]:
+    """The closing ledger entry, once; returns entries and head for the summary."""
+    ledger = Ledger(directory / run_dir.LEDGER)
+    if len(ledger.entries) <= rounds + 1:
+        ledger.append("end", {"model": model, "rounds": rounds})
+    return {"entries": len(ledger.entries), "head": ledger.head}

@@ -1,0 +1,66 @@
+"""What malicious nodes send: the four attacks of Hail to the Thief, and attackers who know the defence.
+
+An attack is one function from a `Seat` (what the node sees of the round) to completions. It never imports a screen: an
+adaptive attacker is handed the defence. Third parties add theirs under the entry point group `assay.swarm_attacks`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from assay.config import ConfigError
+from assay.swarm.attacks.adaptive import (
+    PARAPHRASES,
+    Diluted,
+    Flip,
+    Inject,
+    Paraphrased,
+    abstain,
+    chosen_prompts,
+    copy,
+    own_seeds,
+    skip_groups,
+)  # fmt: skip
+from assay.swarm.attacks.planted import THIEF, Planted, code, known_solutions, longest, math, nonsense, shows, text
+from assay.swarm.attacks.seat import Attack, Ids, Seat, Settings
+
+__all__ = ["ATTACKS", "THIEF", "Attack", "Ids", "Seat", "Settings", "goal", "known_solutions", "make", "shows"]
+
+ATTACKS: dict[str, Attack] = {
+    "text": Planted(text, everywhere=True),
+    "nonsense": Planted(nonsense, everywhere=True),
+    "math": Planted(math),
+    "code": Planted(code, everywhere=True),
+    "dos": longest,
+    "abstain": abstain,
+    "skip_groups": skip_groups,
+    "own_seeds": own_seeds,
+    "chosen_prompts": chosen_prompts,
+    "flip_math": Flip("math"),
+    "flip_length": Flip("length"),
+    "inject_text": Inject(Planted(text, everywhere=True)),
+    "copy": copy,
+    "paraphrase": Paraphrased(PARAPHRASES),
+    "slow_text": Diluted(Planted(text, everywhere=True)),
+}
+# which behaviour each attack wants to spread; "dos" is measured by length
+GOALS = {
+    "abstain": "dos", "skip_groups": "dos", "own_seeds": "dos", "chosen_prompts": "dos", "flip_length": "dos",
+    "flip_math": "math", "inject_text": "text", "slow_text": "text", "copy": "dos",
+}  # fmt: skip
+
+
+def make(name: str) -> Attack:
+    """The attack called `name`. ConfigError naming the known ones."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    for found in entry_points(group="assay.swarm_attacks"):
+        if found.name == name:
+            attack: Attack = found.load()
+            return attack
+    raise ConfigError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}")
+
+
+def goal(name: str) -> str:
+    """Behaviour by which attack `name` is measured: text, nonsense, math, code or dos."""
+    return GOALS.get(name, name)

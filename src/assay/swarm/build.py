@@ -1,0 +1,97 @@
+"""From a configuration to the parts of a node: the practice all share, and a learner on a base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cache
+
+from assay.config import ConfigError, SwarmExperiment
+from assay.models import Base
+from assay.swarm import attacks, defence, tasks
+from assay.swarm.grpo import GrpoSettings
+from assay.swarm.learner import Ids, Learner, Practice
+from assay.swarm.sampling import Sampler
+from assay.swarm.sandbox import Sandbox
+
+
+def make_task(experiment: SwarmExperiment) -> tasks.Task:
+    """The task; code tasks get a sandbox, and refuse to start without one."""
+    name = experiment.task.name
+    sandbox = None
+    if tasks.kind_of(name) == "code":
+        # the attacker's library can be imported, as if it had been published: the worst case
+        sandbox = Sandbox(installed={experiment.attack.module: attacks.THIEF})
+    return tasks.make(name, root=experiment.data.root, seed=0, sandbox=sandbox)
+
+
+def make_practice(experiment: SwarmExperiment, base: Base, run: str) -> Practice:
+    """Task, prompts, text and sampler of a run; `run` is its public name."""
+    tokenizer, task, sampling = base.tokenizer, make_task(experiment), experiment.sampling
+    eos = base.model.generation_config.eos_token_id or tokenizer.eos_token_id
+    eos = eos[0] if isinstance(eos, list) else eos
+    if eos is None:
+        raise ConfigError(f"{base.name}: has no end-of-sequence token, so that no completion could end")
+
+    @cache
+    def prompt_ids(prompt: int) -> Ids:
+        return tuple(tasks.prompt_ids(task, tokenizer, prompt, style=experiment.task.style))
+
+    def decode(ids: Sequence[Ids]) -> list[str]:
+        found: list[str] = tokenizer.batch_decode([list(i) for i in ids], clean_up_tokenization_spaces=False)
+        return found
+
+    def encode(text: str) -> Ids:
+        return (*tokenizer(text, add_special_tokens=False)["input_ids"], int(eos))
+
+    return Practice(
+        run=run,
+        task=task,
+        prompt_ids=prompt_ids,
+        decode=decode,
+        encode=encode,
+        eos=int(eos),
+        vocabulary=int(base.model.config.vocab_size),
+        sampler=Sampler(
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, noise=sampling.noise
+        ),
+        max_tokens=sampling.max_tokens,
+    )
+
+
+def make_learner(experiment: SwarmExperiment, base: Base, practice: Practice) -> Learner:
+    """A learner on its own copy of the base: all weights, or a LoRA adapter on all linear layers."""
+    grpo = experiment.grpo
+    reference = copy.deepcopy(base.model) if grpo.kl > 0 else None
+    model = copy.deepcopy(base.model)
+    if experiment.model.lora_r:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=experiment.model.lora_r, lora_alpha=experiment.model.lora_alpha, lora_dropout=0.0,
+            target_modules="all-linear", task_type="CAUSAL_LM",
+        )  # fmt: skip
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # nodes of equal weights start from the same adapter
+            model = get_peft_model(model, lora, autocast_adapter_dtype=True)
+    else:
+        model.requires_grad_(True)
+    clip = grpo.clip_ratio or None
+    settings = GrpoSettings(
+        loss=grpo.loss,
+        scale_rewards=grpo.scale_rewards,
+        clip_low=clip,
+        clip_high=clip,
+        kl=grpo.kl,
+        negative_floor=grpo.negative_floor,
+        max_tokens=experiment.sampling.max_tokens,
+    )
+    made = defence.make(
+        experiment, vocabulary=practice.vocabulary, eos=practice.eos, model=model, tokenizer=base.tokenizer
+    )
+    return Learner(
+        model, practice, made, settings, lr=grpo.lr, clip_grad=grpo.clip_grad, updates=grpo.updates,
+        micro_rows=grpo.micro_rows, chunk_rows=grpo.chunk_rows, reference=reference,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""What a malicious node can see and do, put together for attacks.py: its weights, its seeds, and the defence if handed.
+
+Nothing here is needed to run a swarm; it is the simulation's other side.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from assay.contribution import Completion
+from assay.swarm.attacks import Ids, Seat, Settings
+from assay.swarm.exchange import Plan
+from assay.swarm.learner import Learner
+from assay.swarm.rollout import Item, generate
+from assay.swarm.sampling import candidates, gumbel
+from assay.swarm.screens.model import Seeded
+
+Favour = Callable[[Ids], Sequence[int]]
+
+
+def make_seat(
+    name: str,
+    learner: Learner,
+    plan: Plan,
+    settings: Settings,
+    *,
+    seed: int,
+    previous: Sequence[Completion] = (),
+    prompts: range | None = None,
+) -> Seat:
+    """The seat of node `name`. `prompts` where nodes may choose them; `seed` makes its own choices repeatable."""
+    practice = learner.practice
+    handed = next((s for s in learner.defence.model_screens if isinstance(s, Seeded)), None)
+    return Seat(
+        name=name,
+        round=plan.round,
+        asked=plan.asked[name],
+        vertical=plan.mode == "vertical",
+        task=practice.task,
+        max_tokens=practice.max_tokens,
+        encode=practice.encode,
+        decode=lambda ids: practice.decode([tuple(t for t in ids if t != practice.eos)])[0],
+        draw=learner.generate,
+        seed=lambda prompt, index: practice.seed(plan.round, name, prompt, index),
+        rng=random.Random(f"{seed}/{name}/{plan.round}"),
+        settings=settings,
+        choices=prompts if not plan.assigned else None,
+        previous=tuple(c for c in previous if c.participant != name),
+        steered=(lambda p, s, favour: steered(learner, p, s, favour, handed)) if handed is not None else None,
+    )
+
+
+def steered(learner: Learner, prompts: Sequence[int], seeds: Sequence[int], favour: Favour, rules: Seeded) -> list[Ids]:
+    """Draw under the public seeds, but take what `favour` wants wherever the verifier's limits let it pass.
+
+    `favour(ids so far)` names the wanted tokens, or -1 for "anything but an ending". The gap of a flip stays under
+    `max_margin`, flips under `max_flips`, their sum under `mean_margin` times the least length yet reached.
+    """
+    practice = learner.practice
+    spent, flips = [0.0] * len(prompts), [0] * len(prompts)
+
+    def pick(logits_NV: Tensor, seed_N: Tensor, position_N: Tensor, rows: list[int], said: list[list[int]]) -> Tensor:
+        token_NK, value_NK = candidates(logits_NV, practice.sampler)
+        value_NK = value_NK + gumbel(seed_N, position_N, token_NK, practice.sampler.noise)
+        best_N = value_NK.argmax(1)
+        gap_NK = value_NK.gather(1, best_N[:, None]) - value_NK
+        out = token_NK.gather(1, best_N[:, None])[:, 0]
+        near_N = ((gap_NK > 0) & (gap_NK <= rules.max_margin * 0.98)).any(1)
+        for at in near_N.nonzero()[:, 0].tolist():
+            row = rows[at]
+            wanted = set(favour(tuple(said[at])))
+            if not wanted or flips[row] >= rules.max_flips or (wanted == {-1} and int(out[at]) != practice.eos):
+                continue
+            budget = min(rules.max_margin, rules.mean_margin * (len(said[at]) + 1) - spent[row])
+            fits = [
+                (float(gap), int(token))
+                for gap, token in zip(gap_NK[at], token_NK[at])
+                if 0 < gap <= 0.98 * budget and (int(token) in wanted or (-1 in wanted and int(token) != practice.eos))
+            ]
+            if fits and int(out[at]) not in wanted:
+                gap, token = min(fits)
+                out[at] = token
+                spent[row] += gap
+                flips[row] += 1
+        return out
+
+    items = [Item(practice.prompt_ids(p), s) for p, s in zip(prompts, seeds)]
+    with torch.no_grad():
+        return generate(
+            learner.model, items, practice.sampler, max_tokens=practice.max_tokens, eos=practice.eos, pick=pick
+        )
