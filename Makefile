@@ -7,6 +7,8 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 FAST := -m "not slow"
+# one process a core and one thread a process: small models gain nothing from a second thread
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: help install demo test test-slow check format tables clean
 help:
@@ -33,7 +35,7 @@ demo: $(STAMP)
 	@$(BIN)/assay demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(FAST)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -16,7 +16,9 @@ Said = Mapping[str, Mapping[int, Sequence[tuple[str, float]]]]  # participant ->
 
 def token_ids(text: str) -> tuple[int, ...]:
     """A word, number or sign is a token, its id a checksum: the same everywhere, and nothing to download."""
-    return tuple(zlib.crc32(t.encode()) % VOCABULARY for t in re.findall(r"[^\W\d_]+|\d|[^\w\s]|_", text))
+    return tuple(
+        zlib.crc32(t.encode(errors="surrogatepass")) % VOCABULARY for t in re.findall(r"[^\W\d_]+|\d|[^\w\s]|_", text)
+    )
 
 
 def completion(

@@ -110,15 +110,20 @@ def ablation(seed: int, several: bool) -> list[SwarmExperiment]:
     return [*out, named(judged, "self_judge", several=several)]
 
 
+# what a real model needs: the format from a short warm-up, a LoRA adapter, margins for bf16
+REAL: dict[str, Any] = {
+    "model__name": "smollm2-135m", "model__dtype": "auto", "model__lora_r": 16, "task__style": "instruct",
+    "task__warmup_steps": 36, "swarm__prompts": 4, "swarm__group": 8, "swarm__iterations": 20, "sampling__top_k": 50,
+    "sampling__max_tokens": 64, "grpo__lr": 1e-3, "grpo__micro_rows": 16, "evaluate__prompts": 16,
+    "evaluate__samples": 2, "evaluate__every": 10,
+}  # fmt: skip
+BF16_LIMITS = {"max_margin": 0.75, "mean_margin": 0.05, "max_flips": 8, "boundary": 0.25}
+
+
 def smollm2(seed: int, several: bool) -> list[SwarmExperiment]:
-    base = base_of("text", seed).changed(
-        model__name="smollm2-135m", model__dtype="auto", task__style="instruct", swarm__prompts=4, swarm__group=8,
-        swarm__iterations=20, sampling__top_k=50, sampling__max_tokens=64, grpo__lr=1e-4,
-    )  # fmt: skip
-    honest = named(base.changed(swarm__malicious=0.0), "smollm2", "honest_only", several=several)
-    seeded = base.changed(defence__level="seeded")
+    base = base_of("text", seed).changed(**REAL)
+    seeded = base.changed(defence__level="seeded", defence__params={"seeded": BF16_LIMITS})
     return [
-        honest,
         named(base, "smollm2", "undefended", several=several),
         named(seeded, "smollm2", "seeded", several=several),
     ]

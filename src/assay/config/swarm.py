@@ -34,6 +34,10 @@ class TaskConfig(Frozen):
     name: str = "word-problems"
     style: Literal["plain", "instruct"] = "plain"
     """`instruct` asks for the format in the prompt: for models that were not trained on it."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Supervised steps on worked solutions before round 1, for models that do not know the format yet; cached."""
+    warmup_rows: Count = 16
+    warmup_lr: Positive = 1e-3
 
 
 class DataRoot(Frozen):

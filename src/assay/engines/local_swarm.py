@@ -25,6 +25,7 @@ from assay.swarm import attacks, evaluate, summary
 from assay.swarm.build import make_learner, make_practice
 from assay.swarm.exchange import Plan, Rules, gather, make_plan
 from assay.swarm.learner import Learner, Learnt, Memory, Practice
+from assay.swarm.screens.model import Logit, Seeded
 from assay.swarm.seats import make_seat
 from assay.trust import Strikes
 from assay.wire import encode_rollout
@@ -107,7 +108,7 @@ def build(experiment: SwarmExperiment, tracker: Tracker) -> tuple[World, dict[st
         {"seed": experiment.seed, "task": experiment.task.model_dump(), "model": weights}
     )
     practice = make_practice(experiment, first, run_name)
-    learners = {name: make_learner(experiment, base, practice) for name, base in bases.items()}
+    learners = {name: make_learner(experiment, base, practice, tracker) for name, base in bases.items()}
     nodes = [f"node-{i}" for i in range(experiment.swarm.nodes)]
     bad = random.Random(f"{experiment.seed}/malicious").sample(nodes, experiment.swarm.malicious_count)
     world = World(
@@ -216,7 +217,11 @@ def _row(world: World, learnt: Mapping[str, Learnt]) -> dict[str, Any]:
     experiment = world.experiment
     one = next(iter(learnt.values()))
     row = summary.round_row(world.round, experiment.attack.name, world.settings, learnt, world.malicious, world.memory)
-    row["shown"] = evaluate.shown(one, world.malicious, experiment.attack.name, world.settings, world.practice.decode)
+    screens = next(iter(world.learners.values())).defence.model_screens
+    limits = [s.max_margin if isinstance(s, Seeded) else s.slack for s in screens if isinstance(s, Seeded | Logit)]
+    row["shown"] = evaluate.shown(
+        one, world.malicious, experiment.attack.name, world.settings, world.practice.decode, min(limits, default=0.05)
+    )
     if world.round % experiment.evaluate.every == 0 or world.round == experiment.swarm.iterations:
         row["heldout"] = _heldout(world)
     return row

@@ -8,11 +8,13 @@ from functools import cache
 
 from assay.config import ConfigError, SwarmExperiment
 from assay.models import Base
+from assay.progress import Tracker
 from assay.swarm import attacks, defence, tasks
 from assay.swarm.grpo import GrpoSettings
 from assay.swarm.learner import Ids, Learner, Practice
 from assay.swarm.sampling import Sampler
 from assay.swarm.sandbox import Sandbox
+from assay.swarm.warmup import warm_up
 
 
 def make_task(experiment: SwarmExperiment) -> tasks.Task:
@@ -59,10 +61,11 @@ def make_practice(experiment: SwarmExperiment, base: Base, run: str) -> Practice
     )
 
 
-def make_learner(experiment: SwarmExperiment, base: Base, practice: Practice) -> Learner:
+def make_learner(
+    experiment: SwarmExperiment, base: Base, practice: Practice, tracker: Tracker | None = None
+) -> Learner:
     """A learner on its own copy of the base: all weights, or a LoRA adapter on all linear layers."""
     grpo = experiment.grpo
-    reference = copy.deepcopy(base.model) if grpo.kl > 0 else None
     model = copy.deepcopy(base.model)
     if experiment.model.lora_r:
         from peft import LoraConfig, get_peft_model
@@ -78,6 +81,8 @@ def make_learner(experiment: SwarmExperiment, base: Base, practice: Practice) ->
             model = get_peft_model(model, lora, autocast_adapter_dtype=True)
     else:
         model.requires_grad_(True)
+    warm_up(model, practice, experiment, base.sha256, tracker)
+    reference = copy.deepcopy(model).requires_grad_(False) if grpo.kl > 0 else None
     clip = grpo.clip_ratio or None
     settings = GrpoSettings(
         loss=grpo.loss,
