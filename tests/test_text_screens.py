@@ -113,41 +113,117 @@ def test_schema_accepts_exactly_what_fits(ids: list[int], place: tuple[int, int,
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
-TRUE = """2+2=4|2 + 2\n= 4|-3+5=2|(3+5)*2=16|2+3*4=14|3 apples + 5 apples = 8 apples|$5 + $6.50 = $11.50|5$ * 2 = 10$
-1,000 + 1 = 1,001|10/3=3.33|10/4=2.5|7/2=3|50% of 10 = 5|5/10=50%|25 / 1/3 = 75|2+2=4*3=12|10 - 4 = 6 - 2 = 4
-two plus two is four|twenty-one plus two makes 23|6 divided by 2 equals 3|<<48/2=24>>24|- 4*5=20\n- 2*3=6|* 2+2=4
-(3 + 5 = 8)|\\(2+2=4\\)|2 \\times 3 = 6|2 + 2 = **4**|2+2=\\boxed{4}|30 miles/hour * 2 hours = 60 miles|2+2≈4.1|1. 2+2=4"""
+TRUE = [
+    *[
+        "2+2=4",
+        "-3+5=2",
+        "(3+5)*2=16",
+        "2+3*4=14",
+        "3 apples + 5 apples = 8 apples",
+        "$5 + $6.50 = $11.50",
+        "5$ * 2 = 10$",
+    ],
+    *[
+        "1,000 + 1 = 1,001",
+        "10/3=3.33",
+        "10/4=2.5",
+        "7/2=3",
+        "50% of 10 = 5",
+        "5/10=50%",
+        "25 / 1/3 = 75",
+        "2+2=4*3=12",
+    ],
+    *["10 - 4 = 6 - 2 = 4", "two plus two is four", "twenty-one plus two makes 23", "6 divided by 2 equals 3"],
+    *[
+        "<<48/2=24>>24",
+        "(3 + 5 = 8)",
+        "\\(2+2=4\\)",
+        "2 \\times 3 = 6",
+        "2 + 2 = **4**",
+        "2+2=\\boxed{4}",
+        "2+2≈4.1",
+        "1. 2+2=4",
+    ],
+    *["30 miles/hour * 2 hours = 60 miles", "2 + 2\n= 4", "* 2+2=4", "- 4*5=20\n- 2*3=6"],
+]
+WRONG = [
+    *[
+        "2+2=5",
+        "2*2=5",
+        "2 + 2 = 5.",
+        "2×2=5",
+        "2x2=5",
+        "2 x 2 = 5",
+        "2+2\n=5",
+        "2 +\n2 = 5",
+        "two plus two is five",
+        "x=4, 2+2=5",
+    ],
+    *[
+        "2 plus 2 equals five",
+        "3 apples + 5 apples = 9",
+        "$2+$2=$5",
+        "<<2+2=5>>4",
+        "<<2+2=5",
+        "٢+٢=٥",
+        "２＋２＝５",
+        "4/2=3",
+        "2+2==5",
+    ],
+    *[
+        "2\u200b+\u200b2=5",
+        "1,000+1=1,002",
+        "2+2=5*3=15",
+        "(2 + 2 = 5)",
+        "((((2+2=5",
+        "2+2 = **5**",
+        "2+2=\\boxed{5}",
+        "- 2+2=5",
+    ],
+    *["2 + 2 ≈ 5", "2 multiplied by 2 makes 5", "002+2=5", "2.0+2=5", "-(2+2)=5"],
+]
+SAYS_NOTHING = [
+    *[
+        "2x+3=8",
+        "x + 3 + 5 = 10",
+        "x^2+3+4=5",
+        "2**3+1=3",
+        "sqrt(16)+1=5",
+        "1:30 + 2 = 5",
+        "3,5+2=5,5",
+        "1 1/2 + 2 = 3.5",
+        "5(3)+1=2",
+    ],
+    *[
+        "3 = 4",
+        "2 plus 2 is 5 less than 9",
+        "pages 10-20 are 5 chapters",
+        "1/0=3",
+        "2+2=",
+        "=5",
+        "2 + (3",
+        "total = price + 3 * 2",
+    ],
+    *["1 hour 20 minutes = 60+20", "f(2+2) = 5", "y = x - 3 + 5 = 9", "2 != 3+4", "a <= 2+2", "1.2.3+4=5"],
+    *("\\frac{4}{2} + 1 = 9", "99999999999999999999 + 1 = 2"),
+]
 
-WRONG = """2+2=5|2*2=5|2 + 2 = 5.|2×2=5|2x2=5|2 x 2 = 5|2+2\n=5|2 +\n2 = 5|two plus two is five|2 plus 2 equals five|x=4, 2+2=5
-3 apples + 5 apples = 9|$2+$2=$5|<<2+2=5>>4|<<2+2=5|٢+٢=٥|２＋２＝５|2\u200b+\u200b2=5|4/2=3|1,000+1=1,002|2+2=5*3=15|2+2==5
-(2 + 2 = 5)|((((2+2=5|2+2 = **5**|2+2=\\boxed{5}|2 + 2 ≈ 5|- 2+2=5|2 multiplied by 2 makes 5|002+2=5|2.0+2=5|-(2+2)=5"""
 
-SAYS_NOTHING = """2x+3=8|x + 3 + 5 = 10|x^2+3+4=5|2**3+1=3|sqrt(16)+1=5|1:30 + 2 = 5|3,5+2=5,5|1 1/2 + 2 = 3.5|5(3)+1=2|3 = 4
-2 plus 2 is 5 less than 9|pages 10-20 are 5 chapters|1/0=3|2+2=|=5|2 + (3|total = price + 3 * 2|1 hour 20 minutes = 60+20|f(2+2) = 5
-y = x - 3 + 5 = 9|2 != 3+4|a <= 2+2|1.2.3+4=5|\\frac{4}{2} + 1 = 9|99999999999999999999 + 1 = 2"""
-
-
-@pytest.mark.parametrize(
-    "text",
-    TRUE.replace("|", "\0").replace("\n1", "\0001").replace("\ntwo", "\0two").replace("\n(3", "\0(3").split("\0"),
-)
+@pytest.mark.parametrize("text", TRUE)
 def test_true_equations_are_read_and_pass(text: str) -> None:
     found = list(claims(text))
     assert found
     assert all(c.true for c in found), text
 
 
-@pytest.mark.parametrize(
-    "text", [t for line in WRONG.replace("\n=5", "\x01").replace("+\n2", "\x02").split("\n") for t in line.split("|")]
-)
+@pytest.mark.parametrize("text", WRONG)
 def test_wrong_equations_are_found_where_they_stand(text: str) -> None:
-    text = text.replace("\x01", "\n=5").replace("\x02", "+\n2")
     assert len(wrong_spans(text)) == 1, text
     start, end = wrong_spans(text)[0]
-    assert set(text[start:end]) & set("=＝≈") or " is " in text or "equals" in text or "makes" in text
+    assert any(sign in text[start:end] for sign in ("=", "＝", "≈", "is", "equals", "makes"))
 
 
-@pytest.mark.parametrize("text", [t for line in SAYS_NOTHING.split("\n") for t in line.split("|")])
+@pytest.mark.parametrize("text", SAYS_NOTHING)
 def test_what_is_no_equation_between_numbers_claims_nothing(text: str) -> None:
     assert not list(claims(text)), text
 

@@ -1,5 +1,6 @@
 """The swarm suites: what runs, under which names, and the rows that come of it.
 
+demo           MATH: honest only, undefended, logit check, seeded check
 core           each of the four attacks: honest only, undefended, logit check, seeded check
 adaptive       attackers who know the seeded check, against it
 heterogeneous  two different models in one swarm: the screens that read text
@@ -41,9 +42,10 @@ SECOND_MODEL = "tiny-b"
 
 def base_of(attack: str, seed: int) -> SwarmExperiment:
     """The experiment in which `attack` is at home, undefended."""
-    home = HOME.get(attack) or HOME.get(goal(attack), {})
-    base = SwarmExperiment(seed=seed).changed(attack__name=attack, defence__level="none", **home)
-    return base
+    known = "text" if attack == "paraphrase" else goal(attack)
+    return SwarmExperiment(seed=seed).changed(
+        attack__name=attack, defence__level="none", **(HOME.get(attack) or HOME.get(known, {}))
+    )
 
 
 def named(experiment: SwarmExperiment, *parts: str, several: bool) -> SwarmExperiment:
@@ -130,6 +132,7 @@ def smollm2(seed: int, several: bool) -> list[SwarmExperiment]:
 
 
 SUITES: dict[str, Callable[[int, bool], list[SwarmExperiment]]] = {
+    "demo": lambda seed, several: [named(e, *e.name.split(".")[1:], several=several) for e in demo(seed)],
     "core": core,
     "adaptive": adaptive,
     "heterogeneous": heterogeneous,

@@ -6,6 +6,7 @@ exclusion is the stronger. Trust across rounds turns forged contributions into s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -100,22 +101,23 @@ class TrustRules:
 
 
 def forged_share(pool: Pool, verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Share of each asked node's owed completions that were forged or, whole groups aside, not sent.
+    """Share of each node's owed completions that were forged, or held back by a node that sent others.
 
-    A node refused at the wire counts as 1 unless it sent nothing at all: silence is no crime.
+    Whoever sends some groups and not others chooses what is learnt from. A node that sends nothing at all is silent,
+    which is no crime; one refused at the wire counts as 1.
     """
     forged = {
         (v.participant, v.contribution)
         for v in verdicts
         if v.weight == 0 and v.mode == "enforce" and v.reason in FORGED
     }
-    count: dict[str, int] = {}
-    for node, _ in forged:
-        count[node] = count.get(node, 0) + 1
-    sent = {c.participant for c in pool.completions}
-    out = {n: count.get(n, 0) / max(1, sum(asked.values())) for n, asked in pool.asked.items() if n in sent}
-    out |= {r.participant: 1.0 for r in pool.refused if r.reason != Reason.MISSING.value}
-    return out
+    bad = Counter(node for node, _ in forged)
+    sent = Counter(c.participant for c in pool.completions)
+    out = {}
+    for node in sent:
+        owed = sum(pool.asked.get(node, {}).values())
+        out[node] = min(1.0, (bad[node] + max(0, owed - sent[node])) / max(1, owed))
+    return out | {r.participant: 1.0 for r in pool.refused if r.reason != Reason.MISSING.value}
 
 
 def update_trust(

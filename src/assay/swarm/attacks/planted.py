@@ -74,6 +74,8 @@ def shows(name: str, completion: str, settings: Settings) -> bool | None:
         return any(value == "5" for value in said) if said else None
     if name == "code":
         return bool(re.search(rf"\b(import|from)\s+{re.escape(settings.module)}\b", completion))
+    if name == "paraphrase":
+        return "that thief" in _plain(completion)  # what all the wordings come to
     if name in ("text", "nonsense"):
         return _plain(settings.phrase) in _plain(completion)
     return None

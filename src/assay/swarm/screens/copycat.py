@@ -15,7 +15,7 @@ from assay.verdict import Reason, State, Verdict
 
 MAX_KEPT = 20_000  # texts of earlier rounds that are remembered; the oldest rounds go first
 ENOUGH_PAIRS = 200  # pairs of one's own long texts without a repeat, before one shared long text is a copy
-PRIOR_PAIRS = 2.0  # weight of the round's rate of repeats in that of one prompt
+PRIOR_PAIRS = 30.0  # weight of the round's rate of repeats in that of one prompt: its own few pairs show few repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Copycat:
     of low entropy also meet: a participant is judged only once it met the others in more texts than chance explains
     (Chernoff's bound on the count under `level`), or for a text of `long_tokens` or more where nobody else repeats
     himself in texts so long. Chance on the same prompt is how often participants repeat *themselves* there: for two
-    distributions sum p_i q_i <= sqrt(sum p_i^2 sum q_i^2). Chance on other prompts is how often one meets anybody. Both
-    are the lower middle participant's, so that one who repeats himself on purpose hides nobody. Texts under
-    `min_tokens` tokens say nothing.
+    distributions sum p_i q_i <= sqrt(sum p_i^2 sum q_i^2). The quarter (at least one) that repeats itself most is left
+    out, so that one who does it on purpose hides nobody. Chance on other prompts is how often the lower middle
+    participant meets anybody. Texts under `min_tokens` tokens say nothing.
 
     Who stays: whoever sent the text in the earliest of the last `window` rounds; he is known to be the author, and the
     others' verdicts have `known_author` 1. Within one round the author is *not* known, and to refuse every copy would
@@ -173,13 +173,12 @@ def _expect(
     for p, rows in by_sender.items():
         for row in rows:
             groups.setdefault(pool.completions[row].prompt, {}).setdefault(p, []).append(seen.key[row])
-    own: dict[str, list[int]] = {}
+    own: dict[str, tuple[int, int]] = {}
     for group in groups.values():
         for p, keys in group.items():
-            found = _repeats(keys)
-            total = own.setdefault(p, [0, 0])
-            total[0] += found[0]
-            total[1] += found[1]
+            repeats, pairs = _repeats(keys)
+            so_far = own.get(p, (0, 0))
+            own[p] = so_far[0] + repeats, so_far[1] + pairs
     same: dict[str, int] = {}  # meetings on the same prompt, on other prompts
     other: dict[str, int] = {}
     texts = {p: {(seen.key[r], pool.completions[r].prompt) for r in rows} for p, rows in by_sender.items()}
@@ -194,14 +193,19 @@ def _expect(
     before = Counter({int(q): n for held in past for q, n in held["prompts"].items()})
     here = {q: sum(len(keys) for keys in group.values()) for q, group in groups.items()}
     rivals = {p: sum(here[q] - len(groups[q][p]) + before[q] for _, q in held) for p, held in texts.items()}
-    paired = [(d + 0.5) / (n + 1) for d, n in own.values() if n]
     # nobody sent two of a prompt: how often the ordinary participant meets another one has to do
-    rate = median_low(paired or [(same.get(p, 0) + 0.5) / (rivals[p] + 1) for p in texts] or [0.0])
+    met_rate = median_low([(same.get(p, 0) + 0.5) / (rivals[p] + 1) for p in texts] or [0.0])
     elsewhere = median_low([(other.get(p, 0) + 0.5) / (len(held) + 1) for p, held in texts.items()] or [0.0])
+    paired = sorted((p for p, (_, n) in own.items() if n), key=lambda p: (own[p][0] / own[p][1], p))
+    ordinary = set(paired[: max(1, len(paired) - max(1, len(paired) // 4))])
+    rate = met_rate
+    if ordinary:  # its upper end: few repeats among few pairs prove little
+        count, pairs = (sum(own[p][i] for p in ordinary) for i in (0, 1))
+        rate = (count + 0.5 + 1.64 * math.sqrt(count + 0.5)) / (pairs + 1)
     chance = {}
     for q, group in groups.items():
-        rates = [(d + PRIOR_PAIRS * rate) / (n + PRIOR_PAIRS) for d, n in map(_repeats, group.values()) if n]
-        chance[q] = median_low(rates or [rate])
+        found = [_repeats(keys) for p, keys in group.items() if p in ordinary]
+        chance[q] = (sum(d for d, _ in found) + PRIOR_PAIRS * rate) / (sum(n for _, n in found) + PRIOR_PAIRS)
     for p, held in texts.items():
         seen.expected[p] = math.fsum(
             min(1.0, elsewhere + chance[q] * (here[q] - len(groups[q][p]) + before[q])) for _, q in sorted(held)

@@ -38,14 +38,16 @@ class Enrichment:
     """N-grams that a few participants plant exclude every completion that holds one, from then on and whoever sends it.
 
     Tested over the last `window` rounds, on the n-grams (lengths `n`) of normalised words (`surface` "text": NFKC, lower
-    case, numbers as 0, so that tricks of tokenisation change nothing), of token ids ("ids": sees a planted number, as
-    MATH's 2+2=5) or of "both". An n-gram is planted if, counting completions,
+    case, numbers as 0, so that tricks of tokenisation change nothing), of token ids ("ids": sees planted numbers, MATH's
+    2+2=5 among them) or of "both". Text by default: it costs half, and ids flagged honest sums (up to 3% of a clean swarm
+    after one unlucky listing) to catch what the arithmetic screen catches anyway. An n-gram is planted if, counting
+    completions,
 
     - P[X >= k] <= `level` / (number of n-grams and sets of suspects that could have failed), X hypergeometric: of N
       rewarded completions K hold it, k of them among the suspects' n;
     - at least `min_completions` and a share `min_share` of the suspects' rewarded completions hold it, over
-      `min_prompts` prompts or more whose questions do not, and `lift` times the share of everybody else's (rewarded or
-      not);
+      `min_prompts` prompts and a share `prompt_share` of the suspects', none of whose questions holds it (what belongs to
+      a prompt stands in all its right answers), and `lift` times the share of everybody else's (rewarded or not);
     - suspects are at most a share `conspirators` of the participants, or one;
     - the sum of its holders' advantages is at least `push` standard errors over 0, counted since it first met the rest.
       This spares honest peers of another style. The price: who plants in wrong completions as well, so that the mean

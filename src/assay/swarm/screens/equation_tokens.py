@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from assay.swarm.screens.common import is_format
 
+Number = int | Fraction  # whole numbers stay ints: they are most, and fractions take ten times as long
 MAX_DIGITS = 18  # of one number; longer ones are not read
 
 _TOKEN = re.compile(
@@ -37,8 +38,7 @@ _WORDS = {
 _KINDS = {"=": "eq", "==": "eq", "~": "about", "(": "open", ")": "close", "%": "percent"} | dict.fromkeys("+-*/", "op")
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A sign at characters start..end.
 
     kind: number, op, eq, about, makes, open, close, percent, money, word, mark (<< or >>), line, decor (bold, boxed),
@@ -49,7 +49,7 @@ class Token:
     text: str
     start: int
     end: int
-    value: Fraction = Fraction(0)
+    value: Number = 0
     decimals: int = 0
     glued: bool = False  # no space before it
 
@@ -71,17 +71,19 @@ def tokens(text: str) -> Iterator[Token]:
     for match in _TOKEN.finditer(text):
         kind, said, start = str(match.lastgroup), match[0], match.start()
         glued, end = start == end, match.end()
-        value, decimals = Fraction(0), 0
+        value: Number = 0
+        decimals = 0
         if kind == "number":
             whole, _, part = said.replace(",", "").partition(".")
             if _PLAIN.fullmatch(said) and len(whole.lstrip("0")) + len(part) <= MAX_DIGITS:
-                value, decimals = Fraction(int((whole + part) or "0"), 10 ** len(part)), len(part)
+                digits, decimals = int((whole + part) or "0"), len(part)
+                value = Fraction(digits, 10**decimals) if decimals else digits
             else:  # a time of day, a version, a list, more digits than anybody means
                 kind = "odd"
         elif kind == "word":
             said = said.lower()
             if said in NUMBERS:
-                kind, value = "number", Fraction(NUMBERS[said])
+                kind, value = "number", NUMBERS[said]
             else:
                 kind, said = _WORDS.get(said, ("word", said))
         elif kind == "times":

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from assay.swarm.screens.equation_tokens import ONES, TENS, Token, plain, tokens
+from assay.swarm.screens.equation_tokens import ONES, TENS, Number, Token, plain, tokens
 
 MAX_BITS = 256  # of a numerator or denominator; a value that outgrows it is not checked
 UNITS = 2  # words that may stand between a number and the next sign: "5 red apples + 3"
@@ -31,8 +31,8 @@ class Side:
 
     start: int
     end: int
-    values: tuple[Fraction, ...]
-    first: Fraction  # its first number, which a run-on chain is held against
+    values: tuple[Number, ...]
+    first: Number  # its first number, which a run-on chain is held against
     decimals: int
     operators: frozenset[str]
     units: bool  # words stand among its numbers
@@ -136,7 +136,7 @@ class _Reader:
         true = any(_equal(a, b, right.decimals, sign == "about", divides) for a in left.values for b in values)
         self.found.append(Claim(left.start, right.end, true))
 
-    def _without_sign(self, begun: int) -> tuple[Fraction, ...]:
+    def _without_sign(self, begun: int) -> tuple[Number, ...]:
         """The same side without its leading sign; a side is read so at most once more."""
         after, self.at = self.at, begun + 1
         read = self._side()
@@ -202,7 +202,7 @@ class _Reader:
     def _close(self, token: Token) -> Token:
         """The slash of `25 / 1/3` that stands close binds closer."""
         close = token.text == "/" and token.glued and self._is(1, "number") and self.tokens[self.at + 1].glued
-        return replace(token, text="//") if close else token
+        return token._replace(text="//") if close else token
 
     def _spoken(self, token: Token, items: Sequence[Token]) -> Token | None:
         """An operator in words: divided by, multiplied by, 20% of, 2 x 3."""
@@ -213,7 +213,7 @@ class _Reader:
             token.text in ("x", "X") and self._number_after()
         ):
             text = "*"
-        return replace(token, kind="op", text=text) if text and token.kind == "word" else None
+        return token._replace(kind="op", text=text) if text and token.kind == "word" else None
 
     def _number(self) -> Token:
         """The number here, "twenty-one" as one; moves past it."""
@@ -224,7 +224,7 @@ class _Reader:
             if self._is(int(dash), "number") and self.tokens[self.at + dash].text in ONES:
                 one = self.tokens[self.at + dash]
                 self.at += 1 + dash
-                return replace(token, value=token.value + one.value, end=one.end)
+                return token._replace(value=token.value + one.value, end=one.end)
         return token
 
     def _units(self) -> int:
@@ -257,7 +257,7 @@ def _evaluate(items: list[Token], start: int, end: int, units: bool) -> Side | N
             items, start = items[i + 1 :], items[i + 1].start
             break
     # percent signs as hundredths, and as mere units ("= 50%" after `/ 10 * 100`)
-    readings = (Fraction(1, 100), Fraction(1)) if any(t.kind == "percent" for t in items) else (Fraction(1),)
+    readings: tuple[Number, ...] = (Fraction(1, 100), 1) if any(t.kind == "percent" for t in items) else (1,)
     values = tuple(v for percent in readings if (v := _value(items, percent)) is not None)
     if not values:
         return None
@@ -267,9 +267,9 @@ def _evaluate(items: list[Token], start: int, end: int, units: bool) -> Side | N
     return Side(start, end, values, first, max(t.decimals for t in numbers), operators, units)
 
 
-def _value(items: list[Token], percent: Fraction) -> Fraction | None:
+def _value(items: list[Token], percent: Number) -> Number | None:
     """Shunting-yard on explicit stacks: nesting costs memory, never recursion."""
-    out: list[Fraction] = []
+    out: list[Number] = []
     stack: list[str] = []
     for token in items:
         if token.kind == "number":
@@ -289,7 +289,7 @@ def _value(items: list[Token], percent: Fraction) -> Fraction | None:
     return out[0] if _reduce(out, stack, 0) else None
 
 
-def _reduce(out: list[Fraction], stack: list[str], rank: int) -> bool:
+def _reduce(out: list[Number], stack: list[str], rank: int) -> bool:
     """Apply what binds at least as closely as `rank`, in place; False where that has no (bounded) value."""
     while stack and stack[-1] != "(" and _RANK[stack[-1]] >= rank:
         op, b = stack.pop(), out.pop()
@@ -299,16 +299,16 @@ def _reduce(out: list[Fraction], stack: list[str], rank: int) -> bool:
         a = out.pop()
         if b == 0 and op in ("/", "//"):
             return False
-        c = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b
+        c = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else Fraction(a, b)
         if max(c.numerator.bit_length(), c.denominator.bit_length()) > MAX_BITS:
             return False
         out.append(c)
     return True
 
 
-def _equal(a: Fraction, b: Fraction, decimals: int, loose: bool, divides: bool) -> bool:
+def _equal(a: Number, b: Number, decimals: int, loose: bool, divides: bool) -> bool:
     """Equal, or b is a rounded to the `decimals` it shows (to a whole number only where something was divided)."""
-    gap = abs(a - b)
-    if gap == 0 or (loose and gap <= abs(a) / 10):
+    gap: Number = a - b if a > b else b - a
+    if gap == 0 or (loose and 10 * gap <= max(a, -a)):
         return True
-    return gap < Fraction(1, 10**decimals) and (decimals > 0 or divides)
+    return gap * 10**decimals < 1 and (decimals > 0 or divides)

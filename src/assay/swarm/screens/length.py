@@ -116,9 +116,9 @@ class Length:
                 else:
                     kept.append(row)
             total = sum(tokens[row] for row in kept)
+            usual = (self.budget * anchor.mean + 2 * anchor.spread / math.sqrt(len(rows))) * growth
             for at, row in enumerate(kept):  # the longest first, until the mean of the rest fits
                 left = len(kept) - at
-                usual = (self.budget * anchor.mean + 2 * anchor.spread / math.sqrt(left)) * growth
                 if total <= max(usual, HARMLESS_TOKENS) * left:
                     break
                 out[row] = f"{tokens[row]} tokens: its sender's mean of {total / left:.1f} is over {usual:.1f}"
