@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from assay.bench import tables
+from assay import config
+from assay.bench import swarm, tables
 from assay.bench.federated import ALL_LEVELS, suite, variants
-from assay.config import Experiment
+from assay.config import ConfigError, Experiment, SwarmExperiment
+from assay.swarm import attacks, defence
+from assay.swarm.exchange import make_plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +73,143 @@ def test_results_say_how_they_were_made(path: Path) -> None:
     assert found["command"].startswith("assay bench")
     assert re.fullmatch(r"[0-9a-f]{12}", found["commit"])
     assert {"torch", "transformers", "peft", "assay"} <= set(found["versions"])
+    columns = tables.SWARM_COLUMNS if found.get("wing") == "swarm" else tables.COLUMNS
     for r in found["rows"]:
-        assert {"attack", "defence", "share", "seed", *tables.COLUMNS.values()} <= set(r)
-    assert "/" not in found["experiment"]["model"]["name"]
+        assert {"attack", "defence", "share", "seed", *columns.values()} <= set(r)
+    name = found["model"]["name"] if found.get("wing") == "swarm" else found["experiment"]["model"]["name"]
+    assert "/" not in name
+
+
+# --- the swarm -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+@pytest.mark.parametrize("name", swarm.SUITES)
+def test_every_swarm_suite_can_be_run_from_files(name: str, seeds: list[int]) -> None:
+    """As values they come back from JSON as they are; names are directories, and no two are the same."""
+    experiments = swarm.suite([name], seeds)
+    assert len({e.name for e in experiments}) == len(experiments)
+    assert len(experiments) % len(seeds) == 0
+    for e in experiments:
+        assert re.fullmatch(r"swarm(\.\w+)+", e.name)
+        assert config.parse_any(json.loads(e.model_dump_json())) == e
+        assert (f".seed{e.seed}" in e.name) == (len(seeds) > 1)
+        assert e.attack.name in attacks.ATTACKS
+        make_plan("r", 1, [f"n{i}" for i in range(e.swarm.nodes)], mode=e.swarm.plan, prompts=e.swarm.prompts,
+                  group=e.swarm.group, ids=range(1000), assigned=e.swarm.assigned)  # fmt: skip
+
+
+def test_suites_do_not_share_directories() -> None:
+    """`--suite core,adaptive` puts all runs into one folder."""
+    names = [e.name for e in swarm.suite(list(swarm.SUITES), [0, 1])]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", sorted(set(swarm.SUITES) - {"ablation"}))
+def test_the_defence_of_every_experiment_can_be_made(name: str) -> None:
+    """No misspelt screen or parameter waits for its turn at the end of a long bench (ablation needs a judge)."""
+    made = [defence.make(e, vocabulary=1024, eos=2) for e in swarm.suite([name], [0])]
+    assert [m.level for m in made] == [e.defence.level for e in swarm.suite([name], [0])]
+
+
+def test_the_demo_of_the_swarm_is_four_runs_of_one_experiment() -> None:
+    runs = {e.name.removeprefix("swarm."): e for e in swarm.demo(5)}
+    assert list(runs) == ["honest_only", "undefended", "logit", "seeded"]
+    assert {e.seed for e in runs.values()} == {5}
+    assert [e.swarm.malicious_count for e in runs.values()] == [0, 1, 1, 1]
+    assert [e.defence.level for e in runs.values()] == ["none", "none", "logit", "seeded"]
+    base = runs["undefended"]
+    assert base.attack.name == "math"
+    for name, run in runs.items():
+        changed = {k for k, v in run.model_dump().items() if v != base.model_dump()[k]} - {"name"}
+        assert changed <= ({"swarm"} if name == "honest_only" else {"defence"}), name
+
+
+def test_attacks_run_where_they_are_at_home() -> None:
+    """TEXT in all its forms needs the horizontal plan: a vertical group that is right throughout teaches nothing."""
+    for attack in ("text", "inject_text", "slow_text", "paraphrase"):
+        assert swarm.base_of(attack, 0).swarm.plan == "horizontal", attack
+    assert swarm.base_of("math", 0).swarm.assigned is False, "MATH needs prompts with 2+2 in them"
+    assert swarm.base_of("code", 0).task.name == "programs"
+    two = swarm.heterogeneous(0, False)
+    assert {e.model.others for e in two} == {("tiny-b",)}
+    assert not {e.defence.level for e in two} & {"logit", "seeded"}
+
+
+def test_an_unknown_suite_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'nope' is unknown; known are .*core, adaptive"):
+        swarm.suite(["core", "nope"], [0])
+
+
+def finished(asr: float | None = 0.25) -> dict[str, object]:
+    """The parts of a summary that a row is made from."""
+    metrics = {"asr": asr, "heldout_reward": 0.5, "completion_tokens_mean": 41.26, "honest_rejected_rate": 0.0,
+               "poison_rejected_rate": None}  # fmt: skip
+    return {
+        "metrics": metrics, "detection": {"seeded": {"auroc": 0.875}}, "banned": {"node-1": [4, 5], "node-2": []},
+        "seconds": {"total": 12.3456}, "model": {"name": "tiny", "dtype": "float32"},
+    }  # fmt: skip
+
+
+def swarm_rows(experiments: list[SwarmExperiment]) -> dict[str, dict[str, object]]:
+    return {e.name: swarm.row(e, finished()) for e in experiments}
+
+
+def test_a_row_says_what_was_run_and_what_came_of_it() -> None:
+    rows = swarm_rows(swarm.core(0, False))
+    assert {
+        "name", "attack", "goal", "defence", "share", "plan", "task", "models", "oracle", "kl", "seed", "detection",
+        "banned", "seconds", *tables.SWARM_COLUMNS.values(),
+    } == set(rows["swarm.math.seeded"])  # fmt: skip
+    assert rows["swarm.math.seeded"]["banned"] == {"node-1": 4}
+    assert rows["swarm.math.seeded"]["seconds"] == {"total": 12.35}
+    assert rows["swarm.text.honest_only"]["attack"] == "none"
+    assert rows["swarm.text.honest_only"]["goal"] == "text"
+    assert (
+        rows["swarm.code.undefended"] | {"attack": "code", "defence": "none", "task": "programs"}
+        == (rows["swarm.code.undefended"])
+    )
+
+
+@pytest.mark.parametrize("name", swarm.SUITES)
+def test_a_row_is_called_like_its_run_whatever_the_seed(name: str) -> None:
+    """Runs that differ only in the seed are one line of the table; all others are lines of their own."""
+    one = [swarm.row(e, finished())["name"] for e in swarm.suite([name], [0])]
+    assert one == [e.name.removeprefix("swarm.") for e in swarm.suite([name], [0])]
+    several = [swarm.row(e, finished())["name"] for e in swarm.suite([name], [1, 23])]
+    assert several == [*one, *one]
+
+
+def test_results_of_the_swarm_hold_all_that_is_needed_to_make_them_again() -> None:
+    experiments = swarm.suite(["smollm2"], [0, 1])
+    found = swarm.results("assay bench swarm", experiments, {e.name: finished() for e in experiments})
+    assert set(found) == {"wing", "command", "commit", "versions", "machine", "model", "rows"}
+    assert [(r["name"], r["seed"]) for r in found["rows"]] == [
+        ("smollm2.undefended", 0), ("smollm2.seeded", 0), ("smollm2.undefended", 1), ("smollm2.seeded", 1),
+    ]  # fmt: skip
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_swarm_table_groups_seeds_and_shows_their_spread() -> None:
+    def of(seed: int, asr: float | None, defence: str, auroc: float | None) -> dict[str, object]:
+        return {
+            "name": f"math.{defence}", "seed": seed, "defence": defence, "asr": asr, "heldout_reward": 0.5,
+            "completion_tokens_mean": 40.04 + seed, "honest_rejected_rate": 0.0, "poison_rejected_rate": None,
+            "detection": {defence: {"auroc": auroc}} if auroc is not None else {},
+            "seconds": {"total": 10.0 * (seed + 1)},
+        }  # fmt: skip
+
+    rows = [of(0, 0.9, "logit", 0.5), of(1, 1.0, "logit", 0.625), of(2, None, "logit", None), of(0, None, "none", None)]
+    text = tables.table({**fake(rows), "wing": "swarm"})
+    lines = text.splitlines()
+    assert lines[0] == (
+        "| run | ASR | held-out reward | tokens | honest refused | malicious refused | AUROC | seconds |"
+    )
+    assert lines[1] == "|---" * 8 + "|"
+    assert lines[2] == (
+        "| `math.logit` | 0.950 (0.900–1.000) | 0.500 (0.500–0.500) | 41.0 (40.0–42.0) | 0.000 (0.000–0.000) | – "
+        "| 0.562 (0.500–0.625) | 20 (10–30) |"
+    )
+    assert lines[3] == "| `math.none` | – | 0.500 | 40.0 | 0.000 | – | – | 10 |"
+    assert "seeds 0, 1, 2" in text
+    assert "m (float32)" in text

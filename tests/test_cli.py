@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from assay import ledger
+from assay import config, ledger
 from assay.checkpoint import write_json
+from assay.swarm import defence
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -38,6 +40,21 @@ def assay(*arguments: str, cwd: Path | None = None, **environment: str) -> subpr
         (["probe", "eval", "absent.safetensors"], "no such probe file"),
         (["bench", "federated", "--seeds", "one"], "not a list of whole numbers"),
         (["bench", "federated", "--levels", "magic"], "defence.level: Input should be"),
+        (["run", "nowing.toml"], "wing: 'nope' is unknown; known are federated, swarm"),
+        (
+            ["run", "swarm.toml", "--set", "swarm.plan=horizontal", "--set", "swarm.group=10"],
+            "swarm.group = 10 must be a multiple of swarm.nodes = 4",
+        ),
+        (["run", "swarm.toml", "--set", "defence.screens=['nope']"], "unknown screen 'nope'; known: "),
+        (["run", "swarm.toml", "--set", "model.name=nonsense"], "known models: smollm2-135m, tiny"),
+        (["bench", "swarm", "--suite", "nope"], "--suite: 'nope' is unknown; known are "),
+        (["bench", "swarm", "--only", "nope"], "--only 'nope': no experiment of this suite"),
+        (["bench", "swarm", "--seeds", "0,-1"], "not a list of whole numbers"),
+        (["bench", "federated", "--config", "swarm.toml"], "is an experiment of the swarm wing"),
+        (["calibrate", "--config", "good.toml"], "is a federated experiment; calibration is for the swarm"),
+        (["calibrate", "--completions", "5"], "5 completions say nothing of a rate"),
+        (["calibrate", "--sampling", "float7"], "float32 or bfloat16"),
+        (["demo", "neither"], "is not one of"),
         (["frobnicate"], "No such command"),
         (["run"], "Missing argument"),
     ],
@@ -45,6 +62,8 @@ def assay(*arguments: str, cwd: Path | None = None, **environment: str) -> subpr
 def test_mistakes_end_with_exit_code_2_and_say_what_to_do(arguments: list[str], says: str, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[training]\nround = 3\n")
     (tmp_path / "good.toml").write_text("[training]\nrounds = 1\n")
+    (tmp_path / "swarm.toml").write_text('wing = "swarm"\n')
+    (tmp_path / "nowing.toml").write_text('wing = "nope"\n')
     done = assay(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
@@ -55,7 +74,8 @@ def test_mistakes_end_with_exit_code_2_and_say_what_to_do(arguments: list[str], 
 
 def test_version_and_help() -> None:
     assert assay("--version").stdout.strip() == "0.1.0"
-    for command in ([], ["run"], ["demo"], ["bench", "federated"], ["probe", "fit"]):
+    commands = ([], ["run"], ["demo"], ["bench", "federated"], ["bench", "swarm"], ["calibrate"], ["probe", "fit"])
+    for command in commands:
         done = assay(*command, "--help")
         assert done.returncode == 0
         assert "Usage" in done.stdout
@@ -109,3 +129,47 @@ def test_run_report_and_probe_on_tiny(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "t" / "report.html").exists()
     again = assay("report", str(tmp_path / "runs"), "--out", str(tmp_path / "all.html"), "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["report"] == str(tmp_path / "all.html")
+
+
+def test_run_of_a_swarm_from_the_example(tmp_path: Path) -> None:
+    """From the shipped file to a summary and a report; called again it only reads what is there."""
+    small = ["swarm.iterations=2", "swarm.prompts=4", "swarm.group=4", "evaluate.prompts=4"]
+    command = ["run", str(EXAMPLES / "swarm.toml"), "--out", "here"]
+    command += [word for setting in small for word in ("--set", setting)]
+    done = assay(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for word in ("swarm", "ASR", "rej. malic.", "report: here/report.html"):
+        assert word in done.stdout
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert "1 of 4 nodes was malicious." in page
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "here").rglob("*") if path.is_file()}
+    again = assay(*command, "--json", cwd=tmp_path)
+    summary = json.loads(again.stdout)
+    assert summary == json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert summary["setting"]["iterations"] == 2
+    assert summary["metrics"]["honest_rejected_rate"] == 0
+    changed = {path.name for path, at in files.items() if path.stat().st_mtime_ns != at}
+    assert changed <= {"report.html"}, "a finished run is read, not played again"
+    assert assay("ledger", "verify", "here", cwd=tmp_path).returncode == 0
+    other = assay(*command, "--set", "seed=1", "--json", cwd=tmp_path)
+    assert (other.returncode, other.stdout) == (2, ""), "another seed's figures are not this run's"
+    assert "holds another experiment" in other.stderr
+
+
+def test_calibrate_prints_limits_that_an_experiment_takes(tmp_path: Path) -> None:
+    arguments = ["calibrate", "--completions", "24", "--set", "sampling.max_tokens=24"]
+    done = assay(*arguments, "--out", "limits.toml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["completions"] == 24
+    assert found["identical"] == 1
+    assert found["false_positive_rate"] == 0
+    assert found["tokens"] <= 24 * 24
+    limits = {key: found[key] for key in ("max_margin", "mean_margin", "max_flips", "boundary")}
+    assert limits["max_margin"] == 0.01, "equal engines in fp32: nothing but the floor"
+    text = (tmp_path / "limits.toml").read_text()
+    assert tomllib.loads(text) == {"defence": {"params": {"seeded": limits}}}
+    (tmp_path / "x.toml").write_text(f'wing = "swarm"\n{text}')
+    loaded = config.load(tmp_path / "x.toml")
+    assert isinstance(loaded, config.SwarmExperiment)
+    assert defence.make(loaded, vocabulary=1024, eos=2).level == "seeded"

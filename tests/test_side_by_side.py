@@ -1,0 +1,118 @@
+"""Swarms side by side, each in a process of its own: the same figures as one after the other, and no mistake lost."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from assay import run_dir
+from assay.config import ConfigError, SwarmExperiment
+from assay.engines import local_swarm
+from assay.engines.side_by_side import run_swarms
+from assay.progress import Silent
+
+
+def small(name: str, **changes: Any) -> SwarmExperiment:
+    values: dict[str, Any] = {
+        "name": name, "swarm__prompts": 4, "swarm__group": 4, "swarm__iterations": 2, "sampling__max_tokens": 48,
+        "evaluate__prompts": 4, "evaluate__samples": 1, "evaluate__every": 2,
+    }  # fmt: skip
+    return SwarmExperiment().changed(**{**values, **changes})
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the workers have it: the number of threads decides last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_side_by_side_is_one_after_the_other(tmp_path: Path) -> None:
+    """Weights and verdicts to the last bit: the ledgers are the same files."""
+    experiments = [
+        small("swarm.one", attack__name="text", swarm__plan="horizontal", defence__level="none"),
+        small("swarm.two", attack__name="math", swarm__assigned=False, seed=1),
+    ]
+    together = run_swarms([(e, tmp_path / "together" / e.name) for e in experiments], Silent(), command="test")
+    assert set(together) == {"swarm.one", "swarm.two"}
+    for e in experiments:
+        alone = local_swarm.run_swarm(e, tmp_path / "alone" / e.name)
+        assert together[e.name]["metrics"] == alone["metrics"]
+        assert together[e.name]["ledger"] == alone["ledger"]
+        ledgers = {(tmp_path / d / e.name / run_dir.LEDGER).read_bytes() for d in ("together", "alone")}
+        assert len(ledgers) == 1
+    assert together["swarm.one"]["metrics"] != together["swarm.two"]["metrics"]
+    assert together["swarm.one"]["command"] == "test"
+
+
+class Heard(Silent):
+    """Keeps what a bar would show."""
+
+    def __init__(self) -> None:
+        self.units, self.said = 0.0, list[str]()
+
+    def tick(self, units: float) -> None:
+        self.units += units
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_progress_is_read_off_the_run_directories(tmp_path: Path) -> None:
+    """All of an experiment's units are ticked once, however it was watched; a finished run ticks nothing more."""
+    one, heard = small("one", swarm__iterations=3), Heard()
+    summaries = run_swarms([(one, tmp_path / "one")], heard)
+    assert heard.units == pytest.approx(local_swarm.units(one))
+    assert heard.said[-1] == "one: iteration 3/3"
+    again = Heard()
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")}
+    assert run_swarms([(one, tmp_path / "one")], again) == summaries == {"one": run_dir.read_summary(tmp_path / "one")}
+    assert (again.units, again.said) == (0.0, [])
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")} == files
+    with pytest.raises(ConfigError, match="holds another experiment"):
+        run_swarms([(one.changed(seed=1), tmp_path / "one")], Silent())
+
+
+def test_a_mistake_in_one_is_raised_and_ends_the_others(tmp_path: Path) -> None:
+    """The operator reads it now, not when the others are through; what they did so far can be resumed."""
+    endless = small("endless", swarm__iterations=1_000_000)
+    wrong = small("wrong", defence__screens=["nope"])
+    before = set(multiprocessing.active_children())
+    try:
+        with pytest.raises(ConfigError, match="unknown screen 'nope'"):
+            run_swarms([(endless, tmp_path / "endless"), (wrong, tmp_path / "wrong")], Silent())
+        left = [p for p in multiprocessing.active_children() if p not in before]
+        for process in left:
+            process.join(30)
+        assert not any(process.is_alive() for process in left)
+    finally:
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.kill()
+    assert not (tmp_path / "endless" / run_dir.SUMMARY).exists()
+    assert not (tmp_path / "wrong" / run_dir.METRICS).exists()
+
+
+def test_an_unfinished_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    one = small("one", swarm__iterations=3)
+    world, directory = local_swarm.build(one, Silent())[0], tmp_path / "one"
+    whole = local_swarm.run_swarm(one, tmp_path / "whole")
+    identity = json.loads((tmp_path / "whole" / run_dir.RESOLVED).read_text())
+    local_swarm.journal.claim(
+        directory, local_swarm.build(one, Silent())[1], {"experiment": identity["experiment"]}, ""
+    )
+    local_swarm._resume_or_start(world, directory, identity["run_id"], 0.0)
+    local_swarm.play(world, directory)
+    heard = Heard()
+    found = run_swarms([(one, directory)], heard)["one"]
+    assert found["metrics"] == whole["metrics"]
+    assert found["ledger"] == whole["ledger"]
+    assert heard.units == pytest.approx(local_swarm.units(one))
