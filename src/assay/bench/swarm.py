@@ -10,6 +10,7 @@ smollm2        TEXT on SmolLM2-135M (an hour on two cores)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -152,7 +153,7 @@ def suite(names: Sequence[str], seeds: Sequence[int]) -> list[SwarmExperiment]:
 def row(experiment: SwarmExperiment, summary: Mapping[str, Any]) -> dict[str, Any]:
     """One row of results: what was run and the flat metrics."""
     swarm, honest = experiment.swarm, experiment.swarm.malicious_count == 0
-    parts = [p for p in experiment.name.split(".")[1:] if not p.startswith("seed")]
+    parts = [p for p in experiment.name.split(".")[1:] if not re.fullmatch(r"seed\d+", p)]
     return {
         "name": ".".join(parts),
         "attack": "none" if honest else experiment.attack.name,
@@ -179,7 +180,8 @@ def results(
     return {
         "wing": "swarm",
         "command": command,
-        "commit": run_dir.commit(),
+        # of the runs: finished ones are taken as they are, however old
+        "commit": ", ".join(sorted({s["commit"] for s in summaries.values()})),
         "versions": run_dir.versions(),
         "machine": run_dir.machine(),
         "model": next(iter(summaries.values()))["model"],
