@@ -35,24 +35,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_side_by_side_is_one_after_the_other(tmp_path: Path) -> None:
-    """Weights and verdicts to the last bit: the ledgers are the same files."""
-    experiments = [
-        small("swarm.one", attack__name="text", swarm__plan="horizontal", defence__level="none"),
-        small("swarm.two", attack__name="math", swarm__assigned=False, seed=1),
-    ]
-    together = run_swarms([(e, tmp_path / "together" / e.name) for e in experiments], Silent(), command="test")
-    assert set(together) == {"swarm.one", "swarm.two"}
-    for e in experiments:
-        alone = local_swarm.run_swarm(e, tmp_path / "alone" / e.name)
-        assert together[e.name]["metrics"] == alone["metrics"]
-        assert together[e.name]["ledger"] == alone["ledger"]
-        ledgers = {(tmp_path / d / e.name / run_dir.LEDGER).read_bytes() for d in ("together", "alone")}
-        assert len(ledgers) == 1
-    assert together["swarm.one"]["metrics"] != together["swarm.two"]["metrics"]
-    assert together["swarm.one"]["command"] == "test"
-
-
 class Heard(Silent):
     """Keeps what a bar would show."""
 
@@ -66,19 +48,33 @@ class Heard(Silent):
         self.said.append(text)
 
 
-def test_progress_is_read_off_the_run_directories(tmp_path: Path) -> None:
-    """All of an experiment's units are ticked once, however it was watched; a finished run ticks nothing more."""
-    one, heard = small("one", swarm__iterations=3), Heard()
-    summaries = run_swarms([(one, tmp_path / "one")], heard)
-    assert heard.units == pytest.approx(local_swarm.units(one))
-    assert heard.said[-1] == "one: iteration 3/3"
+def test_side_by_side_is_one_after_the_other(tmp_path: Path) -> None:
+    """Weights and verdicts to the last bit: the ledgers are the same files. Every unit of work is ticked once."""
+    experiments = [
+        small("swarm.one", attack__name="text", swarm__plan="horizontal", defence__level="none"),
+        small("swarm.two", attack__name="math", swarm__assigned=False, seed=1),
+    ]
+    jobs, heard = [(e, tmp_path / "together" / e.name) for e in experiments], Heard()
+    together = run_swarms(jobs, heard, command="test")
+    assert set(together) == {"swarm.one", "swarm.two"}
+    assert heard.units == pytest.approx(sum(map(local_swarm.units, experiments)))
+    assert {f"{e.name}: iteration 2/2" for e in experiments} <= set(heard.said)
+    for e in experiments:
+        alone = local_swarm.run_swarm(e, tmp_path / "alone" / e.name)
+        assert together[e.name]["metrics"] == alone["metrics"]
+        assert together[e.name]["ledger"] == alone["ledger"]
+        ledgers = {(tmp_path / d / e.name / run_dir.LEDGER).read_bytes() for d in ("together", "alone")}
+        assert len(ledgers) == 1
+    assert together["swarm.one"]["metrics"] != together["swarm.two"]["metrics"]
+    assert together["swarm.one"]["command"] == "test"
+
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "together").rglob("*")}
     again = Heard()
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")}
-    assert run_swarms([(one, tmp_path / "one")], again) == summaries == {"one": run_dir.read_summary(tmp_path / "one")}
+    assert run_swarms(jobs, again) == together, "finished runs are taken as they are"
     assert (again.units, again.said) == (0.0, [])
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")} == files
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "together").rglob("*")} == files
     with pytest.raises(ConfigError, match="holds another experiment"):
-        run_swarms([(one.changed(seed=1), tmp_path / "one")], Silent())
+        run_swarms([(experiments[0].changed(seed=5), jobs[0][1])], Silent())
 
 
 def test_a_mistake_in_one_is_raised_and_ends_the_others(tmp_path: Path) -> None:

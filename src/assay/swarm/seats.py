@@ -72,6 +72,8 @@ def steered(learner: Learner, prompts: Sequence[int], seeds: Sequence[int], favo
         near_N = ((gap_NK > 0) & (gap_NK <= rules.max_margin * 0.98)).any(1)
         for at in near_N.nonzero()[:, 0].tolist():
             row = rows[at]
+            if said[at] and said[at][-1] < 0:  # ended; still in the batch until it is compacted
+                continue
             wanted = set(favour(tuple(said[at])))
             if not wanted or flips[row] >= rules.max_flips or (wanted == {-1} and int(out[at]) != practice.eos):
                 continue
