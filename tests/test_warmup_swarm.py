@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,30 +113,33 @@ def test_everything_that_decides_it_names_it(base: models.Base) -> None:
 def test_two_runs_that_warm_up_at_once_do_not_trip_over_each_other(
     base: models.Base, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Side by side, both find no cache and both make one: each file is whole, and the last one stays."""
-    both, real = threading.Barrier(2, timeout=120), warmup.save_file
+    """Side by side both find no cache and both make one: each file is whole when it comes to its place."""
+    both, real = threading.Barrier(2), os.replace
 
-    def save_together(*arguments: Any, **named: Any) -> None:
+    def replace_together(*arguments: Any, **named: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(10)
         real(*arguments, **named)
-        both.wait()
 
-    monkeypatch.setattr(warmup, "save_file", save_together)
+    monkeypatch.setattr(os, "replace", replace_together)
     experiment = wanted(task__warmup_steps=1, model__lora_r=0)
     practice = build.make_practice(experiment, base, "r")
     problems: list[Exception] = []
 
-    def run() -> None:
-        model = models.load("tiny", "float32").model.requires_grad_(True)
+    def run(model: Any) -> None:
         try:
             warmup.warm_up(model, practice, experiment, base.sha256, Silent())
         except Exception as problem:  # noqa: BLE001 - a thread's exception would only be printed
             problems.append(problem)
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
+    both_models = [copy.deepcopy(base.model).requires_grad_(True) for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(model,)) for model in both_models]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert problems == []
     (path,) = cache.iterdir()
-    assert load_file(path)
+    found = load_file(path)
+    for model in both_models:
+        assert all(torch.equal(torch.from_numpy(found[n]), p) for n, p in trained(model).items())
