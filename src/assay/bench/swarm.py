@@ -181,7 +181,7 @@ def results(
         "wing": "swarm",
         "command": command,
         # of the runs: finished ones are taken as they are, however old
-        "commit": ", ".join(sorted({s["commit"] for s in summaries.values()})),
+        "commit": ", ".join(sorted({s.get("commit", "") for s in summaries.values()})),
         "versions": run_dir.versions(),
         "machine": run_dir.machine(),
         "model": next(iter(summaries.values()))["model"],

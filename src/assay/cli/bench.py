@@ -46,7 +46,9 @@ def bench_swarm(
         str, typer.Option(help="demo, core, adaptive, heterogeneous, ablation, smollm2 or a list of them.")
     ] = "core",
     seeds: Seeds = "0,1,2",
-    only: Annotated[str, typer.Option(help="Run only experiments whose name holds this text.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Run only experiments whose name holds one of these texts, separated by commas.")
+    ] = "",
     out: Out = Path("runs/bench-swarm"),
     results: Results = None,
     settings: Set = None,
@@ -59,7 +61,7 @@ def bench_swarm(
     experiments = swarm.suite([s.strip() for s in suite.split(",")], _numbers(seeds))
     for setting in settings or []:
         experiments = [config.assign(e, setting) for e in experiments]
-    experiments = [e for e in experiments if only in e.name]
+    experiments = [e for e in experiments if any(text in e.name for text in only.split(","))]
     if not experiments:
         raise ConfigError(f"--only {only!r}: no experiment of this suite has that in its name")
     summaries = run_all(experiments, out)

@@ -48,7 +48,7 @@ def parse(values: dict[str, Any]) -> Experiment:
 def parse_any(values: dict[str, Any]) -> AnyExperiment:
     """An experiment of the wing that `wing` names (default: federated)."""
     wing = values.get("wing", "federated")
-    if wing not in WINGS:
+    if not isinstance(wing, str) or wing not in WINGS:
         raise ConfigError(f"wing: {wing!r} is unknown; known are {', '.join(WINGS)}")
     return check(WINGS[wing], values)
 
@@ -68,7 +68,9 @@ def assign(experiment: Kind, setting: str) -> Kind:
     values = experiment.model_dump()
     *path, last = key.strip().split(".")
     at: Any = values
-    for part in path:
+    for depth, part in enumerate(path):
+        if depth and isinstance(at, dict):
+            at.setdefault(part, {})  # tables of free keys, such as defence.params.seeded
         at = at.get(part) if isinstance(at, dict) else None
     if not isinstance(at, dict):
         raise ConfigError(
