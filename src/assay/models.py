@@ -80,6 +80,8 @@ def fast_bfloat16() -> bool:
 
 def resolve_dtype(dtype: str) -> str:
     """`auto` -> bfloat16 where it is fast, float32 elsewhere."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ModelError(f"dtype {dtype!r} is unknown; one of auto, float32, bfloat16")
     return ("bfloat16" if fast_bfloat16() else "float32") if dtype == "auto" else dtype
 
 

@@ -7,6 +7,7 @@ goes through the wire. A run is resumable at any point (journal.py).
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,22 @@ def run_swarm(
         return found
 
 
+def finished(experiment: SwarmExperiment, directory: Path) -> dict[str, Any] | None:
+    """The summary of a finished run of this very experiment, without loading a model; None if there is none yet."""
+    summary = run_dir.read_summary(directory)
+    if summary is None:
+        return None
+    resolved = json.loads((directory / run_dir.RESOLVED).read_text())
+    if resolved["experiment"] != json.loads(json.dumps(_dumped(experiment))):
+        raise ConfigError(f"{directory}: holds another experiment; choose another directory (--out) or delete it")
+    return summary
+
+
+def _dumped(experiment: SwarmExperiment) -> dict[str, Any]:
+    """What decides a run's numbers: neither its name nor where data lies."""
+    return experiment.model_dump(mode="json", exclude={"data": {"root"}, "name": True})
+
+
 def units(experiment: SwarmExperiment) -> float:
     """Rough seconds of one core a run takes, for progress bars."""
     swarm = experiment.swarm
@@ -101,7 +118,7 @@ def build(experiment: SwarmExperiment, tracker: Tracker) -> tuple[World, dict[st
     for base in bases.values():
         if base.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             raise ConfigError(f"model.others: {base.name} has another tokenizer than {first.name}; token ids travel")
-    dumped = experiment.model_dump(mode="json", exclude={"data": {"root"}, "name": True})
+    dumped = _dumped(experiment)
     weights = {name: base.sha256 for name, base in bases.items()}
     identity = {"experiment": dumped, "model": weights, "dtype": first.dtype}
     run_name = experiment.swarm.run or journal.run_id_of(

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def run_swarms(
     out: dict[str, dict[str, Any]] = {}
     todo = []
     for experiment, directory in jobs:
-        finished = run_dir.read_summary(directory)
+        finished = local_swarm.finished(experiment, directory)
         if finished is None:
             todo.append((experiment, directory))
         else:
@@ -42,18 +42,22 @@ def run_swarms(
     if workers == 0:
         return out
     run_dir.commit()
-    with ProcessPoolExecutor(
+    others = set(active_children())
+    executor = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_start, initargs=(os.getpid(),)
-    ) as executor:
+    )
+    try:
         running: dict[Future[dict[str, Any]], Job] = {
             executor.submit(_run, experiment, directory, given, command): (experiment, directory)
             for experiment, directory in todo
         }
-        try:
-            _follow(running, tracker, out)
-        except BaseException:
-            executor.shutdown(cancel_futures=True, wait=False)
-            raise
+        _follow(running, tracker, out)
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in set(active_children()) - others:  # what they did so far can be resumed
+            process.kill()
+        raise
+    executor.shutdown()
     return out
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from assay.config import ConfigError
 from assay.swarm.rollout import Item, generate, noise_position, score
 from assay.swarm.sampling import Sampler, candidates, gumbel, margin
 
@@ -70,10 +71,10 @@ def calibrate(
 ) -> Calibration:
     """Sample `items` with one model, verify with the other, and set limits at the honest `quantile`, with headroom.
 
-    `floor` is the least `max_margin`: rounding differs from day to day. ValueError for fewer than 20 completions.
+    `floor` is the least `max_margin`: rounding differs from day to day. ConfigError for fewer than 20 completions.
     """
     if len(items) < 20:
-        raise ValueError(f"{len(items)} completions say nothing of a rate: take at least 20, better 1,000")
+        raise ConfigError(f"{len(items)} completions say nothing of a rate: take at least 20, better 1,000")
     made = generate(sampling_model, items, sampler, max_tokens=max_tokens, eos=eos)
     same = generate(verifying_model, items, sampler, max_tokens=max_tokens, eos=eos)
     boundary = BOUNDARIES[-1]

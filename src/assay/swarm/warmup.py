@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
-from assay import models
+from assay import checkpoint, models
 from assay.config import SwarmExperiment
 from assay.progress import Silent, Tracker
 from assay.swarm.grpo import token_logprobs
@@ -46,11 +46,8 @@ def warm_up(
         # from the far end of the training prompts: rounds draw from all of them, but hardly these
         ids = practice.task.train[len(practice.task.train) - (step + 1) * config.warmup_rows :][: config.warmup_rows]
         _step(model, practice, list(ids), optimizer, experiment.grpo.micro_rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {n: np.ascontiguousarray(p.detach().float().cpu().numpy()) for n, p in parameters.items()}
-    work = path.with_suffix(".tmp")
-    save_file(arrays, work)
-    work.replace(path)
+    checkpoint.write_atomic(path, save(arrays))
 
 
 def _step(
