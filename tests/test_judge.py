@@ -272,7 +272,9 @@ def test_a_template_without_a_system_turn_gets_one_user_turn(tiny: models.Base) 
 # --- sampling ---
 
 
-def test_the_same_seed_gives_the_same_answers_and_leaves_the_callers_random_numbers_alone(local: SelfJudge) -> None:
+def test_the_same_seed_gives_the_same_answers_and_leaves_the_callers_random_numbers_alone(
+    local: SelfJudge, tiny: models.Base
+) -> None:
     prompts = [compose("decision", TEMPLATE_END, QUESTION, t) for t in ("3 + 4 = 7", "7", "3 + 4 = 8. So 8.")]
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -280,8 +282,11 @@ def test_the_same_seed_gives_the_same_answers_and_leaves_the_callers_random_numb
     first = local.generate(prompts, max_tokens=6, seed=1)
     assert torch.equal(torch.rand(3), expected)
     assert local.generate(prompts, max_tokens=6, seed=1) == first
-    longer = local.generate(prompts, max_tokens=24, seed=1)
-    assert any(local.generate(prompts, max_tokens=24, seed=s) != longer for s in range(2, 12))
+    hot = SelfJudge(tiny.model, tiny.tokenizer, Generation(top_k=50, temperature=2.0, beams=1))
+    assert hot.generate(prompts, max_tokens=12, seed=1) == hot.generate(prompts, max_tokens=12, seed=1)
+    assert any(
+        hot.generate(prompts, max_tokens=12, seed=s) != hot.generate(prompts, max_tokens=12, seed=1) for s in (2, 3)
+    )
     assert all(0 < a.tokens_out <= 6 and a.tokens_in > 300 and not a.problem for a in first)
 
 
