@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from assay import ledger, models, run_dir
-from assay.bench import swarm
+from assay import ledger, models
 from assay.bench.second_model import second_model
-from assay.engines import side_by_side
 from assay.federated.summary import detection
-from assay.progress import Silent
 
 pytestmark = pytest.mark.slow
 
@@ -79,24 +76,7 @@ def test_ledgers_verify_and_the_report_exists(demo: tuple[Path, dict[str, Any]])
         assert found.ok, found.problem
     page = (out / "report.html").read_text()
     for name in runs:
-        assert name.removeprefix("federated.") in page
-
-
-def test_smollm2_text_attack_and_seeded_check(tmp_path: Path) -> None:
-    """Hail to the Thief's TEXT on SmolLM2-135M: undefended it spreads within 20 iterations, the seeded check keeps it
-    out and costs no honest node anything. About 20 minutes on two cores, a warm-up of 36 steps included."""
-    experiments = swarm.smollm2(seed=0, several=False)
-    assert all(e.swarm.iterations <= 20 for e in experiments)
-    summaries = side_by_side.run_swarms([(e, tmp_path / e.name) for e in experiments], Silent())
-    undefended, seeded = (summaries[f"swarm.smollm2.{name}"]["metrics"] for name in ("undefended", "seeded"))
-    assert max(undefended["asr"], undefended["asr_peak"]) >= 0.9
-    assert seeded["asr"] == 0
-    assert seeded["asr_peak"] == 0
-    assert seeded["honest_rejected_rate"] <= 0.01
-    assert seeded["poison_rejected_rate"] >= 0.99
-    for name, summary in summaries.items():
-        assert len(run_dir.read_metrics(tmp_path / name)) == summary["setting"]["iterations"] + 1
-        assert ledger.verify(tmp_path / name / run_dir.LEDGER, summary["ledger"]["head"]).ok
+        assert name.split(".", 1)[1] in page
 
 
 def test_the_second_model_of_the_swarm_is_made_again_to_the_byte(
