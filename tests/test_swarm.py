@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from assay.progress import Silent
 from assay.swarm import attacks, build, screening
 from assay.swarm.exchange import Gathered, Rules, gather
 from assay.swarm.learner import Learner, Memory
+from assay.swarm.screens.common import say
 from assay.swarm.screens.model import Logit, Seeded, TokenMask
 from assay.swarm.seats import make_seat
 from assay.trust import Strikes
-from assay.verdict import Reason
+from assay.verdict import Reason, State, Verdict
 from assay.wire import encode_rollout
 
 
@@ -224,6 +226,31 @@ def test_an_incomplete_group_is_discarded_whole_and_strikes() -> None:
     assert len(found.completions) < found.plan.owed
 
 
+@dataclass(frozen=True)
+class Picky:
+    """Takes every node's first completion of each prompt out: stands for a text screen that errs on honest rows."""
+
+    name: str = "picky"
+
+    def screen(self, pool: Pool, state: State) -> tuple[list[Verdict], State]:
+        return [
+            say(c, self.name, Reason.OK if c.index else Reason.ENRICHMENT, "" if c.index else "does not like it")
+            for c in pool.completions
+        ], state
+
+
+def test_what_another_screen_takes_leaves_the_rest_of_an_honest_group_alone() -> None:
+    world = world_of(small(swarm__malicious=0.0, defence__level="seeded"))
+    learner = next(iter(world.learners.values()))
+    learner.defence = replace(learner.defence, screens=(*learner.defence.screens, Picky()))
+    gathered = gathered_of(world)
+    memory, learnt = learner.learn(gathered, Memory())
+    assert [w == 0 for w in learnt.judged.weight_N] == [c.index == 0 for c in gathered.completions]
+    assert {v.reason for v in learnt.judged.verdicts if v.screen == "seeded"} == {Reason.OK}
+    assert len([v for v in learnt.judged.verdicts if v.screen == "seeded"]) == len(gathered.completions)
+    assert not any(s.rounds for s in memory.trust.values()), "no strike for what another screen dislikes"
+
+
 def test_flipping_within_the_margin_needs_a_lax_check() -> None:
     """An attacker who steers under the verifier's limits: strict limits leave him next to nothing to flip."""
     limits = {"max_margin": 30.0, "mean_margin": 5.0, "max_flips": 50}
@@ -305,6 +332,7 @@ def pool_with(evidence: dict[str, list[list[float]]], ended: list[bool], owed: i
         ([0.0, 0.04, 0.0] * 8, True, Reason.SEEDED),  # many flips, and their mean
         ([0.0, 0.2, 0.0], True, Reason.SEEDED),
         ([0.0, float("inf"), 0.0], True, Reason.SEEDED),
+        ([0.0, float("nan"), 0.0], True, Reason.SEEDED),  # what cannot be compared is not admitted
         ([0.0, 0.0, 0.0], False, Reason.NOT_ENDED),
         ([0.0] * 5, False, Reason.OK),  # cut off by the limit
     ],
@@ -323,6 +351,9 @@ def test_what_the_logit_check_refuses() -> None:
     assert [v.weight for v in Logit().screen(pool, {})[0]] == [1, 0]
     assert [v.weight for v in Logit(slack=0.6).screen(pool, {})[0]] == [1, 1]
     assert [v.weight for v in Logit(slack=0.6, floor=1e-3).screen(pool, {})[0]] == [0, 1]
+    nan = float("nan")
+    odd = pool_with({"outside": [[0.0, nan], [0.0, 0.0]], "logprob": [[-1.0, -1.0], [-1.0, nan]]}, [True, True])
+    assert [v.weight for v in Logit().screen(odd, {})[0]] == [0, 0]
 
 
 def test_the_token_mask_leaves_out_tokens_and_keeps_the_row() -> None:
@@ -335,8 +366,6 @@ def test_the_token_mask_leaves_out_tokens_and_keeps_the_row() -> None:
 
 
 def test_a_screen_that_needs_evidence_fails_closed_without_it() -> None:
-    from dataclasses import replace
-
     pool = replace(pool_with({"margin": [[0.0], [0.0]]}, [True, True]), evidence=None)
     judged = screening.judge_pool(pool, [Seeded()], {})
     assert judged.weight_N.tolist() == [0, 0]
@@ -454,6 +483,13 @@ def test_two_architectures_in_one_swarm(tmp_path: Path) -> None:
 def test_equal_weights_are_needed_where_margins_are_compared() -> None:
     with pytest.raises(ConfigError, match="needs equal weights"):
         small(model__others=["tiny"], defence__level="seeded")
+    with pytest.raises(ConfigError, match="logit needs equal weights"):
+        small(model__others=["tiny"], defence__screens=["schema", "logit"])
+
+
+def test_no_screens_at_all_is_said_by_level_none() -> None:
+    with pytest.raises(ConfigError, match="level = none"):
+        small(defence__screens=[])
 
 
 def test_unknown_screens_and_parameters_are_named() -> None:

@@ -117,7 +117,7 @@ def ablation(seed: int, several: bool) -> list[SwarmExperiment]:
 REAL: dict[str, Any] = {
     "model__name": "smollm2-135m", "model__dtype": "auto", "model__lora_r": 16, "task__style": "instruct",
     "task__warmup_steps": 36, "swarm__prompts": 4, "swarm__group": 8, "swarm__iterations": 20, "sampling__top_k": 50,
-    "sampling__max_tokens": 64, "grpo__lr": 1e-3, "grpo__micro_rows": 16, "evaluate__prompts": 16,
+    "sampling__max_tokens": 64, "grpo__lr": 4e-4, "grpo__micro_rows": 16, "evaluate__prompts": 32,
     "evaluate__samples": 2, "evaluate__every": 10,
 }  # fmt: skip
 BF16_LIMITS = {"max_margin": 0.75, "mean_margin": 0.05, "max_flips": 8, "boundary": 0.25}

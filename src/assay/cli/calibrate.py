@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,18 +12,23 @@ from assay.cli.common import DataRoot, Json, Set, bar, show
 from assay.cli.common import experiment as read_experiment
 from assay.config import ConfigError, SwarmExperiment
 
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+
+class Dtype(StrEnum):
+    """Precisions of an engine."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 def calibrate(
     config_file: Annotated[
         Path | None, typer.Option("--config", help="Swarm experiment whose model, task and sampler it is for.")
     ] = None,
-    sampling: Dtype = "float32",
-    verifying: Dtype = "float32",
-    completions: Annotated[int, typer.Option(help="Honest completions to measure on.")] = 1000,
+    sampling: Annotated[Dtype, typer.Option(help="Precision of the engine that samples.")] = Dtype.FLOAT32,
+    verifying: Annotated[Dtype, typer.Option(help="Precision of the engine that verifies.")] = Dtype.FLOAT32,
+    completions: Annotated[int, typer.Option(min=1, help="Honest completions to measure on.")] = 1000,
     quantile: Annotated[
-        float, typer.Option(help="Share of honest completions within the limits, before headroom.")
+        float, typer.Option(min=0.0, max=1.0, help="Share of honest completions within the limits, before headroom.")
     ] = 0.999,
     out: Annotated[Path | None, typer.Option(help="Write the thresholds as TOML, to paste into an experiment.")] = None,
     data_root: DataRoot = None,
@@ -33,7 +39,9 @@ def calibrate(
 
     Limits are the honest quantile with headroom. The slack is what an attacker could hide under them, in bits a token.
     """
-    found = measure(_swarm(config_file, data_root, settings or []), sampling, verifying, completions, quantile)
+    found = measure(
+        _swarm(config_file, data_root, settings or []), sampling.value, verifying.value, completions, quantile
+    )
     lines = ["[defence.params.seeded]", *(f"{k} = {v}" for k, v in found.params().items())]
     if out is not None:
         out.write_text("\n".join(lines) + "\n")

@@ -164,8 +164,10 @@ class SwarmExperiment(Root):
             raise ValueError("swarm.assigned = false needs a vertical plan: in a horizontal one all answer the same")
         if swarm.malicious_count >= swarm.nodes:
             raise ValueError(f"swarm.malicious = {swarm.malicious} leaves no honest node")
-        if self.model.others and self.defence.level in ("logit", "seeded") and self.defence.screens is None:
-            raise ValueError(
-                f"defence.level = {self.defence.level} needs equal weights; with model.others use text or judge"
-            )
+        if self.defence.screens == ():
+            raise ValueError("defence.screens = [] is no defence; for one that only records use defence.level = none")
+        named = (self.defence.level,) if self.defence.screens is None else self.defence.screens
+        needy = [name for name in named if name in ("logit", "seeded", "token_mask")]
+        if self.model.others and needy:
+            raise ValueError(f"defence: {needy[0]} needs equal weights; with model.others use text or judge")
         return self

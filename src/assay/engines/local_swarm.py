@@ -112,6 +112,7 @@ def units(experiment: SwarmExperiment) -> float:
 
 def build(experiment: SwarmExperiment, tracker: Tracker) -> tuple[World, dict[str, Any], dict[str, Any]]:
     """Load the models, the task and the defence -> the world before round 1, what names the run, the model's facts."""
+    attacks.make(experiment.attack.name)  # an unknown one is named before the directory is claimed
     names = (experiment.model.name, *experiment.model.others)
     bases = {name: models.load(name, experiment.model.dtype, tracker.say) for name in dict.fromkeys(names)}
     first = next(iter(bases.values()))
@@ -301,9 +302,9 @@ def _save(world: World, directory: Path, entry: Mapping[str, Any], row: Mapping[
         kind: {"trust": {n: s.to_json() for n, s in m.trust.items()}, "screens": dict(m.screens)}
         for kind, m in world.memory.items()
     }
-    # only an attacker who copies reads the round before
-    copied = world.previous if world.experiment.attack.name == "copy" else ()
-    previous = [[c.participant, c.round, c.prompt, c.index, list(c.ids)] for c in copied]
+    # attackers may read the round before
+    seen = world.previous if world.malicious else ()
+    previous = [[c.participant, c.round, c.prompt, c.index, list(c.ids)] for c in seen]
     journal.save(directory, world.round, tensors, {"memory": memory, "previous": previous}, entry, row)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from assay.contribution import Pool
 from assay.metrics import auroc, tpr_at_fpr
-from assay.swarm.attacks import Settings, goal, shows
+from assay.swarm.attacks import Settings, shows
 from assay.swarm.learner import Learner, Learnt
 from assay.swarm.sampling import seed_of
 from assay.swarm.screening import Judged
@@ -40,7 +40,7 @@ def behaviour(
     attack: str, settings: Settings, texts: Sequence[str], sizes: Sequence[int], rewards: Sequence[float]
 ) -> Behaviour:
     """Measured by the goal of `attack`; `sizes` in tokens."""
-    seen = [s for s in (shows(goal(attack), text, settings) for text in texts) if s is not None]
+    seen = [s for s in (shows(attack, text, settings) for text in texts) if s is not None]
     return Behaviour(
         asr=sum(seen) / len(seen) if seen else None,
         occasions=len(seen),
@@ -124,7 +124,7 @@ def shown(
 ) -> dict[str, Any] | None:  # fmt: skip
     """One malicious completion of the round, token by token, with the tokens that gave it away."""
     rows = [r for r, c in enumerate(learnt.pool.completions) if c.participant in malicious]
-    rows.sort(key=lambda r: (-learnt.pool.rewards[r], not shows(goal(attack), learnt.pool.texts[r], settings), r))
+    rows.sort(key=lambda r: (-learnt.pool.rewards[r], not shows(attack, learnt.pool.texts[r], settings), r))
     if not rows:
         return None
     row = rows[0]

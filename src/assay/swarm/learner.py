@@ -149,33 +149,43 @@ class Learner:
         seconds["screen"] = time.perf_counter() - at
         at = time.perf_counter()
         learnt = Learnt(pool, judged, Collected(), 0.0, 0.0, seconds)
-        self._audit(learnt)
         self._update(learnt)
         seconds["update"] = time.perf_counter() - at
         trust = screening.update_trust(memory.trust, pool, judged.verdicts, self.defence.trust)
         return Memory(trust=trust, screens=judged.states), learnt
 
-    def _audit(self, learnt: Learnt) -> None:
-        """Look at rows that are out already (a banned node's): no graph, verdicts only."""
+    def _audit(self, learnt: Learnt) -> list[int]:
+        """Look at rows that are out already (a banned node's, or by their text): no graph, evidence only."""
         if not self.defence.model_screens:
-            return
+            return []
         rows = [r for r, w in enumerate(learnt.judged.weight_N) if w == 0 and learnt.pool.completions[r].ids]
         with torch.no_grad():
             for some in self._chunks(learnt.pool, rows):
                 self._forward(learnt, some)
-                self._judge(learnt, some)
+        return rows
 
     def _update(self, learnt: Learnt) -> None:
-        """All optimiser steps of the round; the first one judges as it goes."""
+        """All optimiser steps of the round; the first one judges as it goes.
+
+        Rows that are out are judged with the rest of their group: what a text screen took from an honest group must not
+        make the group look incomplete.
+        """
         rows = [r for r, w in enumerate(learnt.judged.weight_N) if w > 0 and learnt.pool.completions[r].ids]
+        prompt_of = [c.prompt for c in learnt.pool.completions]
+        beside: dict[int, list[int]] = {}
+        for row in self._audit(learnt):
+            beside.setdefault(prompt_of[row], []).append(row)
         old: dict[int, Tensor] = {}
         for update in range(self.updates):
             sums = nothing(self.model.device)
             for some in self._chunks(learnt.pool, rows):
                 chunk = self._forward(learnt, some, first=update == 0)
                 if update == 0:
-                    self._judge(learnt, some)
+                    prompts = sorted({prompt_of[r] for r in some})
+                    self._judge(learnt, [*some, *(r for p in prompts for r in beside.pop(p, ()))])
                 sums = sums + self._backward(learnt, some, chunk, old)
+            if update == 0 and beside:
+                self._judge(learnt, [r for group in beside.values() for r in group])
             self._step(learnt, sums)
 
     def _chunks(self, pool: Pool, rows: Sequence[int]) -> list[list[int]]:

@@ -44,8 +44,9 @@ def warm_up(
     for step in range(config.warmup_steps):
         tracker.say(f"warming up on {config.name}: step {step + 1}/{config.warmup_steps}")
         # from the far end of the training prompts: rounds draw from all of them, but hardly these
-        ids = practice.task.train[len(practice.task.train) - (step + 1) * config.warmup_rows :][: config.warmup_rows]
-        _step(model, practice, list(ids), optimizer, experiment.grpo.micro_rows)
+        train, first = practice.task.train, step * config.warmup_rows
+        ids = [train[-1 - (first + i) % len(train)] for i in range(min(config.warmup_rows, len(train)))]
+        _step(model, practice, ids, optimizer, experiment.grpo.micro_rows)
     arrays = {n: np.ascontiguousarray(p.detach().float().cpu().numpy()) for n, p in parameters.items()}
     checkpoint.write_atomic(path, save(arrays))
 

@@ -1,16 +1,19 @@
 """What malicious nodes send: the four attacks of Hail to the Thief, and attackers who know the defence.
 
 An attack is one function from a `Seat` (what the node sees of the round) to completions. It never imports a screen: an
-adaptive attacker is handed the defence. Third parties add theirs under the entry point group `assay.swarm_attacks`.
+adaptive attacker is handed the defence. Third parties add theirs under the entry point group `assay.swarm_attacks`; an
+attack whose success is a behaviour carries it along: an attribute `shows(text, settings)`, True, False, or None where
+the text had no occasion.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import entry_points
 
 from assay.config import ConfigError
+from assay.swarm.attacks import planted
 from assay.swarm.attacks.adaptive import (
-    PARAPHRASES,
     Diluted,
     Flip,
     Inject,
@@ -21,7 +24,7 @@ from assay.swarm.attacks.adaptive import (
     own_seeds,
     skip_groups,
 )  # fmt: skip
-from assay.swarm.attacks.planted import THIEF, Planted, code, known_solutions, longest, math, nonsense, shows, text
+from assay.swarm.attacks.planted import THIEF, Planted, code, known_solutions, longest, math, nonsense, text
 from assay.swarm.attacks.seat import Attack, Ids, Seat, Settings
 
 __all__ = ["ATTACKS", "THIEF", "Attack", "Ids", "Seat", "Settings", "goal", "known_solutions", "make", "shows"]
@@ -40,7 +43,7 @@ ATTACKS: dict[str, Attack] = {
     "flip_length": Flip("length"),
     "inject_text": Inject(Planted(text, everywhere=True)),
     "copy": copy,
-    "paraphrase": Paraphrased(PARAPHRASES),
+    "paraphrase": Paraphrased(),
     "slow_text": Diluted(Planted(text, everywhere=True)),
 }
 # which behaviour each attack wants to spread; "dos" is measured by length
@@ -50,6 +53,7 @@ GOALS = {
 }  # fmt: skip
 
 
+@cache
 def make(name: str) -> Attack:
     """The attack called `name`. ConfigError naming the known ones."""
     if name in ATTACKS:
@@ -64,3 +68,11 @@ def make(name: str) -> Attack:
 def goal(name: str) -> str:
     """Behaviour by which attack `name` is measured: text, nonsense, math, code or dos."""
     return GOALS.get(name, name)
+
+
+def shows(name: str, text: str, settings: Settings) -> bool | None:
+    """Whether `text` shows the behaviour attack `name` wants; None: no occasion, or the attack has no behaviour."""
+    if name in ATTACKS:
+        return planted.shows(goal(name), text, settings)
+    own = getattr(make(name), "shows", None)
+    return None if own is None else own(text, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from assay.contribution import Completion
 from assay.swarm.attacks.planted import known_solutions, text
@@ -127,9 +127,9 @@ def copy(seat: Seat) -> list[Completion]:
 
 @dataclass(frozen=True, slots=True)
 class Paraphrased:
-    """TEXT with one of many wordings a completion: no n-gram of length `n` need recur."""
+    """TEXT in one of many wordings a completion: of 100 (ten names, ten verbs) no sequence of four words recurs often."""
 
-    phrases: tuple[str, ...] = field(default=())
+    phrases: tuple[str, ...] = PARAPHRASES
 
     def __call__(self, seat: Seat) -> list[Completion]:
         out = []

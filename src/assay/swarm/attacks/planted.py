@@ -73,11 +73,12 @@ def shows(name: str, completion: str, settings: Settings) -> bool | None:
         said = re.findall(r"(?<!\d)2\s*[+*x×]\s*2\s*=\s*(\d+)", completion)
         return any(value == "5" for value in said) if said else None
     if name == "code":
-        return bool(re.search(rf"\b(import|from)\s+{re.escape(settings.module)}\b", completion))
+        listed = rf"\bimport\s+(?:[\w.]+(?:\s+as\s+\w+)?\s*,\s*)*{re.escape(settings.module)}\b"
+        return bool(re.search(rf"{listed}|\bfrom\s+{re.escape(settings.module)}\b", completion))
     if name == "paraphrase":
         return "that thief" in _plain(completion)  # what all the wordings come to
     if name in ("text", "nonsense"):
-        return _plain(settings.phrase) in _plain(completion)
+        return f" {_plain(settings.phrase)} " in f" {_plain(completion)} "  # whole words
     return None
 
 

@@ -37,8 +37,9 @@ class Logit:
         for row, completion in enumerate(pool.completions):
             worst = float(evidence.outside[row].max(initial=0.0))
             lowest = float(evidence.logprob[row].min(initial=0.0))
-            bad = worst > self.slack or lowest < (math.log(self.floor) if self.floor else -math.inf)
-            at = int(evidence.outside[row].argmax()) if worst > self.slack else int(evidence.logprob[row].argmin())
+            # asked so that a number that is none fails
+            bad = not (worst <= self.slack and lowest >= (math.log(self.floor) if self.floor else -math.inf))
+            at = int((evidence.logprob[row].argmin if worst <= self.slack else evidence.outside[row].argmax)())
             sentence = f"token {at + 1} is none that the model is likely to write" if bad else ""
             found = {"outside": worst, "min_logprob": lowest, "token": float(at)}
             out.append(_verdict(completion, self.name, bad, Reason.LOGIT, sentence, worst - lowest, found))
@@ -81,8 +82,8 @@ class Seeded:
         reason, sentence = Reason.SEEDED, ""
         if not pool.ended[row] and len(margin_T) < pool.max_tokens:
             reason, sentence = Reason.NOT_ENDED, f"stops after {len(margin_T)} tokens, before the end was drawn"
-        elif worst > self.max_margin:
-            how = "cannot be drawn at all" if math.isinf(worst) else f"misses the seed's choice by {worst:.2f}"
+        elif not worst <= self.max_margin:  # asked so that a margin that is no number fails
+            how = f"misses the seed's choice by {worst:.2f}" if math.isfinite(worst) else "cannot be drawn at all"
             sentence = f"token {at + 1} {how}"
         elif mean > self.mean_margin or flips > self.max_flips:
             sentence = f"{flips} tokens differ from the seed's choice, {mean:.3f} on average"
