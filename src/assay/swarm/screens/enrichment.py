@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {"text": ("text",), "ids": ("ids",), "both"
 MAX_LISTED = 256
 MAX_WATCHED = 1024
 MAX_NEW = 48  # listed in one round
+PURE = 1e-3  # share of the others' completions up to which an n-gram is the planter's own
 COVER = 3  # n-grams that are listed of one planted phrase: its edges, which honest text shares, are not needed
 
 
@@ -168,7 +169,7 @@ class _Test:
         people = sorted(set(corpus.participant))
         index_of = {name: i for i, name in enumerate(people)}
         sender_N = np.array([index_of[name] for name in corpus.participant])
-        for g, log_p, suspect_P in self._enriched(number_M, row_M, name_G.size, sender_N, len(people), tested):
+        for g, log_p, rest, suspect_P in self._enriched(number_M, row_M, name_G.size, sender_N, len(people), tested):
             rows = row_M[np.searchsorted(number_M, g) : np.searchsorted(number_M, g + 1)]
             rows = rows[suspect_P[sender_N[rows]]]
             prompts = np.unique(corpus.prompt_N[rows[corpus.rewarded_N[rows]]]).size
@@ -179,7 +180,7 @@ class _Test:
             ):
                 by = [people[p][:40] for p in np.flatnonzero(suspect_P)[:4]]
                 where = int(said_M[first_G[g]]), int(place_M[first_G[g]])
-                yield _Planted(log_p, name, *where, by, rows)
+                yield _Planted(log_p, rest, name, *where, by, rows)
 
     def _enriched(
         self,
@@ -189,8 +190,8 @@ class _Test:
         sender_N: NDArray[np.int64],
         people: int,
         tested: int,
-    ) -> Iterator[tuple[int, float, NDArray[np.bool_]]]:
-        """(n-gram, log p, suspects) of those frequent among few participants and rare among the rest."""
+    ) -> Iterator[tuple[int, float, float, NDArray[np.bool_]]]:
+        """(n-gram, log p, the rest's share, suspects) of those frequent among few participants and rare among the rest."""
         rules, rewarded_N = self.rules, self.corpus.rewarded_N
         cell_M = number_M * people + sender_N[row_M]
         all_GP = np.bincount(cell_M, minlength=count * people).reshape(count, people)
@@ -210,7 +211,7 @@ class _Test:
             sets = log_choose(people, int(suspects_G[g]))  # as many sets of suspects could have been picked
             log_p = sets + log_hypergeometric_tail(int(k_G[g]), int(n_G[g]), int(marked_G[g]), total)
             if log_p <= math.log(self.level / max(1, tested)):
-                yield int(g), min(log_p, 0.0), suspect_GP[g]
+                yield int(g), min(log_p, 0.0), float(rest_G[g]), suspect_GP[g]
 
     def _pushed(self, rows: NDArray[np.int64], watched: dict[str, list[float]], name: str, index: int) -> bool:
         """Whether the holders' advantages, all since the n-gram was first watched, sum to `push` standard errors."""
@@ -231,6 +232,7 @@ class _Planted:
     """An n-gram, where in this round it is first said, and by whom."""
 
     log_p: float
+    rest: float  # share of the others' completions that hold it
     name: str
     row: int
     place: int
@@ -249,13 +251,17 @@ class _Planted:
 
 
 def _list(found: list[_Planted], listed: dict[str, dict[str, Any]], pool: Pool) -> None:
-    """Add what was found to the list, in place: the most telling first, until each row is covered by `COVER` of them."""
+    """Add what was found to the list, in place: the most telling first, until each row is covered.
+
+    `COVER` n-grams a row of those nobody else says; of the others only where none of those is in the row: a planted line
+    drags along its edges, which honest (mostly wrong) answers share.
+    """
     covered: dict[int, int] = {}
     new = 0
-    for planted in sorted(found, key=lambda p: (p.log_p, p.name)):
-        rows = planted.rows.tolist()
+    for planted in sorted(found, key=lambda p: (p.rest > PURE, p.log_p, p.name)):
+        rows, enough = planted.rows.tolist(), COVER if planted.rest <= PURE else 1
         if planted.name not in listed:
-            if new == MAX_NEW or all(covered.get(row, 0) >= COVER for row in rows):
+            if new == MAX_NEW or all(covered.get(row, 0) >= enough for row in rows):
                 continue
             listed[planted.name] = planted.entry(pool)
             new += 1
