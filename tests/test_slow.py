@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from assay import ledger, models
+from assay.bench import swarm as bench_swarm
 from assay.bench.second_model import second_model
+from assay.engines.side_by_side import run_swarms
 from assay.federated.summary import detection
+from assay.progress import Silent
 
 pytestmark = pytest.mark.slow
 
@@ -100,3 +103,16 @@ def test_the_second_model_of_the_swarm_is_made_again_to_the_byte(
     ids = torch.tensor([made.tokenizer(text, add_special_tokens=False)["input_ids"]])
     loss = float(made.model(input_ids=ids, labels=ids).loss)
     assert loss < torch.tensor(float(len(made.tokenizer))).log(), "better than guessing, after 30 steps"
+
+
+def test_smollm2_text_attack_and_seeded_check(tmp_path: Path) -> None:
+    """TEXT on the real model within 20 iterations: a phrase nobody would write spreads, the seeded check stops it."""
+    jobs = [(e.changed(evaluate__prompts=16), tmp_path / e.name) for e in bench_swarm.smollm2(0, False)]
+    found = run_swarms(jobs, Silent())
+    undefended, seeded = found["swarm.smollm2.undefended"]["metrics"], found["swarm.smollm2.seeded"]["metrics"]
+    assert max(undefended["asr"], undefended["asr_peak"]) >= 0.9
+    assert seeded["asr"] == seeded["asr_peak"] == 0
+    assert seeded["honest_rejected_rate"] <= 0.01
+    assert seeded["poison_rejected_rate"] >= 0.99
+    for name, summary in found.items():
+        assert ledger.verify(tmp_path / name / "ledger.jsonl", summary["ledger"]["head"]).ok

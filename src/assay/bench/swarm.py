@@ -37,16 +37,26 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "copy": {},
     "sleeper": {"attack__name": "math", "attack__from_round": 8, "swarm__assigned": False},
 }
+# nodes that learn from other weights' completions as if they were their own need smaller steps: at the rates above
+# honest training among two models loses the reward it should gain. TEXT hardly spreads below 3e-4.
+TWO_MODELS: dict[str, dict[str, Any]] = {
+    "math": {"grpo__lr": 1.5e-4, "swarm__iterations": 24},
+    "text": {"grpo__lr": 3e-4, "swarm__iterations": 32},
+    "code": {"grpo__lr": 1.5e-4, "swarm__iterations": 16},
+    "dos": {"grpo__lr": 1.5e-4, "swarm__iterations": 24},
+}
 HETEROGENEOUS = ("math", "text", "code", "dos", "paraphrase", "slow_text")
 SECOND_MODEL = "tiny-b"
 
 
 def base_of(attack: str, seed: int) -> SwarmExperiment:
     """The experiment in which `attack` is at home, undefended."""
-    known = "text" if attack == "paraphrase" else goal(attack)
-    return SwarmExperiment(seed=seed).changed(
-        attack__name=attack, defence__level="none", **(HOME.get(attack) or HOME.get(known, {}))
-    )
+    return SwarmExperiment(seed=seed).changed(attack__name=attack, defence__level="none", **HOME.get(_home(attack), {}))
+
+
+def _home(attack: str) -> str:
+    """The one of the four attacks whose setting `attack` is measured in."""
+    return "text" if attack == "paraphrase" else goal(attack)
 
 
 def named(experiment: SwarmExperiment, *parts: str, several: bool) -> SwarmExperiment:
@@ -84,7 +94,7 @@ def adaptive(seed: int, several: bool) -> list[SwarmExperiment]:
 def heterogeneous(seed: int, several: bool) -> list[SwarmExperiment]:
     out = []
     for attack in HETEROGENEOUS:
-        base = base_of(attack, seed).changed(model__others=(SECOND_MODEL,))
+        base = base_of(attack, seed).changed(model__others=(SECOND_MODEL,), **TWO_MODELS[_home(attack)])
         if attack in HOME:
             honest = base.changed(swarm__malicious=0.0, defence__level="none")
             out.append(named(honest, "two_models", attack, "honest_only", several=several))
