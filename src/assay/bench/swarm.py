@@ -42,7 +42,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
 TWO_MODELS: dict[str, dict[str, Any]] = {
     "math": {"grpo__lr": 1.5e-4, "swarm__iterations": 24},
     "text": {"grpo__lr": 3e-4, "swarm__iterations": 32},
-    "code": {"grpo__lr": 1.5e-4, "swarm__iterations": 16},
+    "code": {"swarm__iterations": 16},
     "dos": {"grpo__lr": 1.5e-4, "swarm__iterations": 24},
 }
 HETEROGENEOUS = ("math", "text", "code", "dos", "paraphrase", "slow_text")
