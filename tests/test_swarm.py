@@ -288,6 +288,21 @@ def test_a_sleeper_is_caught_in_its_first_bad_round(tmp_path: Path) -> None:
     assert rows[3]["struck"]
 
 
+def test_a_late_defence_looks_from_its_round_on() -> None:
+    world = world_of(
+        small(attack__name="text", swarm__plan="horizontal", defence__level="seeded", defence__from_round=2)
+    )
+    learner = next(iter(world.learners.values()))
+    memory, before = learner.learn(gathered_of(world), Memory())
+    assert {v.screen for v in before.judged.verdicts} == {"schema"}
+    assert not before.collected.margin
+    assert all(before.judged.weight_N == 1)
+    assert not any(s.rounds for s in memory.trust.values())
+    _, after = learner.learn(gathered_of(world, 2), memory)
+    bad = [c.participant in world.malicious for c in after.pool.completions]
+    assert [w == 0 for w in after.judged.weight_N] == bad
+
+
 def test_strikes_ban_and_audits_bring_back() -> None:
     kw: dict[str, Any] = {"ban_after": 2, "window": 5, "readmit_after": 3}
     state = Strikes()

@@ -4,6 +4,7 @@ demo           MATH: honest only, undefended, logit check, seeded check
 core           each of the four attacks: honest only, undefended, logit check, seeded check
 adaptive       attackers who know the seeded check, against it
 heterogeneous  two different models in one swarm: the screens that read text
+late           defences that start when the phrase is everywhere
 ablation       malicious share, plan, oracle or majority vote, KL penalty, the model judging itself
 smollm2        TEXT on SmolLM2-135M (an hour on two cores)
 """
@@ -103,6 +104,15 @@ def heterogeneous(seed: int, several: bool) -> list[SwarmExperiment]:
     return out
 
 
+def late(seed: int, several: bool) -> list[SwarmExperiment]:
+    """A phrase that everybody says already when the defence starts (equal weights: there it spreads that far)."""
+    base = base_of("text", seed).changed(swarm__iterations=45, defence__from_round=26)
+    return [
+        named(base.changed(defence__level=level), "late", level, several=several)
+        for level in ("none", "text", "seeded")
+    ]
+
+
 def ablation(seed: int, several: bool) -> list[SwarmExperiment]:
     """As in the paper: malicious share (16 nodes), horizontal against vertical, oracle against vote, KL, self-judge."""
     out = []
@@ -147,6 +157,7 @@ SUITES: dict[str, Callable[[int, bool], list[SwarmExperiment]]] = {
     "core": core,
     "adaptive": adaptive,
     "heterogeneous": heterogeneous,
+    "late": late,
     "ablation": ablation,
     "smollm2": smollm2,
 }

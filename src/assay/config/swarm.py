@@ -120,6 +120,8 @@ class SwarmDefence(Frozen):
     screens: tuple[str, ...] | None = None
     params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     monitor: tuple[str, ...] = ()
+    from_round: Count = 1
+    """Screens other than `schema` start here: what a defence still finds that comes late."""
     judge: str = "smollm2-135m"
     """Model of the judge (paper: Qwen2.5-14B-Instruct)."""
     ban_after: Count = 3

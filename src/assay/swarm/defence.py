@@ -11,7 +11,7 @@ text_judge  text and judge together
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from assay.config import ConfigError, SwarmExperiment
@@ -37,7 +37,10 @@ BOUNDARY = 0.1  # logits forgiven at the edge of the top k; see `assay calibrate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defence:
-    """`screens` read texts and ids, `model_screens` the evidence of the forward pass (`wanted`)."""
+    """`screens` read texts and ids, `model_screens` the evidence of the forward pass (`wanted`).
+
+    Before `from_round` there is `schema` alone; `active(round)` says what there is.
+    """
 
     level: str
     screens: tuple[AnyScreen[Pool], ...]
@@ -45,6 +48,15 @@ class Defence:
     wanted: Wanted | None
     monitor: frozenset[str]
     trust: TrustRules
+    from_round: int = 1
+
+    def active(self, round: int) -> Defence:
+        """This defence as it stands in `round`."""
+        if round >= self.from_round:
+            return self
+        return replace(
+            self, screens=tuple(s for s in self.screens if s.name == "schema"), model_screens=(), wanted=None
+        )
 
     def summary(self) -> dict[str, Any]:
         """What will run, for the ledger and the report."""
@@ -99,4 +111,5 @@ def make(
             share=config.strike_share,
             readmit_after=config.readmit_after,
         ),
+        from_round=config.from_round,
     )

@@ -87,6 +87,7 @@ class Learnt:
     pool: Pool
     judged: Judged
     collected: Collected
+    defence: Defence
     loss: float
     grad_norm: float
     seconds: dict[str, float]
@@ -139,24 +140,25 @@ class Learner:
     def learn(self, gathered: Gathered, memory: Memory) -> tuple[Memory, Learnt]:
         """Screen one round and take the optimiser's steps. Bad data never raises; nothing admitted, nothing learnt."""
         at = time.perf_counter()
+        defence = self.defence.active(gathered.plan.round)
         pool = self.practice.pool(gathered)
         seconds = {"reward": time.perf_counter() - at}
         at = time.perf_counter()
-        judged = screening.judge_pool(pool, self.defence.screens, memory.screens, self.defence.monitor)
+        judged = screening.judge_pool(pool, defence.screens, memory.screens, defence.monitor)
         for row, completion in enumerate(pool.completions):
             if memory.trust.get(completion.participant, Strikes()).banned:
                 screening.apply(judged, row, screening.banned(completion))
         seconds["screen"] = time.perf_counter() - at
         at = time.perf_counter()
-        learnt = Learnt(pool, judged, Collected(), 0.0, 0.0, seconds)
+        learnt = Learnt(pool, judged, Collected(), defence, 0.0, 0.0, seconds)
         self._update(learnt)
         seconds["update"] = time.perf_counter() - at
-        trust = screening.update_trust(memory.trust, pool, judged.verdicts, self.defence.trust)
+        trust = screening.update_trust(memory.trust, pool, judged.verdicts, defence.trust)
         return Memory(trust=trust, screens=judged.states), learnt
 
     def _audit(self, learnt: Learnt) -> list[int]:
         """Look at rows that are out already (a banned node's, or by their text): no graph, evidence only."""
-        if not self.defence.model_screens:
+        if not learnt.defence.model_screens:
             return []
         rows = [r for r, w in enumerate(learnt.judged.weight_N) if w == 0 and learnt.pool.completions[r].ids]
         with torch.no_grad():
@@ -208,16 +210,16 @@ class Learner:
         for scored in score(self.model, prompts, [c.ids for c in completions], micro_rows=self.micro_rows):
             here = tuple(rows[i] for i in scored.rows)
             logprob_NT = token_logprobs(scored.logits_NTV, scored.token_NT, self.practice.sampler.temperature)
-            if first and self.defence.wanted is not None:
+            if first and learnt.defence.wanted is not None:
                 chosen = [completions[i] for i in scored.rows]
                 seeds = [self.practice.seed(c.round, c.participant, c.prompt, c.index) for c in chosen]
-                collect(learnt.collected, replace(scored, rows=here), seeds, logprob_NT.detach(), self.defence.wanted)
+                collect(learnt.collected, replace(scored, rows=here), seeds, logprob_NT.detach(), learnt.defence.wanted)
             parts.append((here, logprob_NT, scored.mask_NT))
         return _Chunk(parts)
 
     def _judge(self, learnt: Learnt, rows: Sequence[int]) -> None:
         """Model screens on a chunk: its groups are whole, so that the group rule sees what it needs."""
-        if not self.defence.model_screens:
+        if not learnt.defence.model_screens:
             return
         pool = learnt.pool
         part = replace(
@@ -230,7 +232,7 @@ class Learner:
             readable=tuple(pool.readable[r] for r in rows),
             evidence=learnt.collected.evidence(rows),
         )
-        seen = screening.judge_pool(part, self.defence.model_screens, {}, self.defence.monitor)
+        seen = screening.judge_pool(part, learnt.defence.model_screens, {}, learnt.defence.monitor)
         count = len(rows)
         for at, verdict in enumerate(seen.verdicts):  # screen by screen, each in the order of the rows
             screening.apply(learnt.judged, rows[at % count], verdict)
