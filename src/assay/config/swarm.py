@@ -171,5 +171,6 @@ class SwarmExperiment(Root):
         named = (self.defence.level,) if self.defence.screens is None else self.defence.screens
         needy = [name for name in named if name in ("logit", "seeded", "token_mask")]
         if self.model.others and needy:
-            raise ValueError(f"defence: {needy[0]} needs equal weights; with model.others use text or judge")
+            key = "defence.level =" if self.defence.screens is None else "defence.screens:"
+            raise ValueError(f"{key} {needy[0]} needs equal weights; with model.others use text or judge")
         return self
