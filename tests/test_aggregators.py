@@ -16,7 +16,7 @@ from scipy import stats
 
 from assay.config import ConfigError
 from assay.federated import aggregators, server_opt
-from assay.federated.aggregators import AGGREGATORS, ToleranceError, make
+from assay.federated.aggregators import AGGREGATORS, ToleranceError, common, make
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("mean", {}),
@@ -157,7 +157,7 @@ def test_borders_of_blocks_do_not_show(
     weight_N = np.ones(7) if equal else rng.uniform(0.1, 1, 7)
     aggregate = make(name, **params)
     whole_D = aggregate(delta_ND, weight_N)
-    monkeypatch.setattr(aggregators, "BLOCK_VALUES", values)
+    monkeypatch.setattr(common, "BLOCK_VALUES", values)
     np.testing.assert_array_equal(aggregate(delta_ND, weight_N), whole_D)
 
 
