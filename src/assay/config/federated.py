@@ -137,10 +137,14 @@ class DefenceConfig(Frozen):
 
 
 class AggregationConfig(Frozen):
-    """`params` go to the aggregator as they are, e.g. `{ f = 2 }`."""
+    """`params` go to the aggregator as they are, e.g. `{ f = 2 }` or `{ f = "estimate" }`."""
 
     name: str = "mean"
     params: dict[str, float | int | str] = Field(default_factory=dict)
+    pre: tuple[Literal["nnm", "bucketing"], ...] = ()
+    """Steps that mix the updates before the aggregator sees them, in this order."""
+    pre_params: dict[str, dict[str, float | int | str]] = Field(default_factory=dict)
+    """By pre-step, e.g. `{ nnm = { f = 2 } }`."""
     use_counts: bool = False
     """Multiply weights by the clients' claimed row counts, capped at `max_count`. A count is a claim: off by default."""
     max_count: Count = 1000

@@ -6,7 +6,8 @@ Legend: N participants (those of weight above 0 are *present*), D values of a fl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cmp_to_key
 from typing import Any, Protocol, TypeVar
@@ -20,11 +21,7 @@ from assay.config import ConfigError
 # this stays in the cache of one core, and with 1,000 participants still reads 1 KiB of each row at a time. Twice or
 # half of it changes seconds a little and never a result.
 BLOCK_VALUES = 2**18
-# Weights are sums of floats: 0.1 + 0.2 must meet 0.3. Far below any weight that means something.
-MASS_SLACK = 1e-12
-# Scores this close (relative) are a tie: above float64 rounding over D = 1e9, below any real difference.
-SCORE_SLACK = 1e-9
-
+Block = NDArray[np.float32]
 T = TypeVar("T")
 
 
@@ -40,32 +37,117 @@ class ToleranceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """The rows of weight above 0, in an order that depends on their content only, weights relative to the largest."""
+    """The rows of weight above 0, in an order that depends on their content only, weights relative to the largest.
+
+    `mix_MN` is a pre-step's: the M rows a rule then sees are mixtures of the N present ones, made block by block, so
+    that mixing costs no second matrix.
+    """
 
     delta_ND: NDArray[np.float32]
     row_N: NDArray[np.intp]
     weight_N: NDArray[np.float64]
+    mix_MN: NDArray[np.float64] | None = None
 
     @property
     def n(self) -> int:
-        return len(self.row_N)
+        return len(self.weight_N)
+
+    @property
+    def width(self) -> int:
+        return int(self.delta_ND.shape[1])
 
     @property
     def mass(self) -> float:
         return float(self.weight_N.sum())
 
-    def blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Column slices and copies of the present rows there."""
-        width = max(1, BLOCK_VALUES // self.n)
-        for at in range(0, self.delta_ND.shape[1], width):
-            columns = slice(at, at + width)
-            block_NB = self.delta_ND[self.row_N, columns]
-            if not np.isfinite(block_NB).all():
-                raise ValueError("delta_ND has NaN or infinity in a row of weight above 0; the wire must refuse it")
-            yield columns, block_NB
+    def blocks(self, start: int = 0, stop: int | None = None, share: int = 1) -> Iterator[tuple[slice, Block]]:
+        """Column slices of [start, stop) and copies of the present rows there; `share` times smaller on request."""
+        stop = self.width if stop is None else stop
+        step = max(1, BLOCK_VALUES // (max(self.n, len(self.row_N)) * share))
+        for at in range(start, stop, step):
+            columns = slice(at, min(at + step, stop))
+            yield columns, self.read(columns)
+
+    def read(self, columns: slice | NDArray[np.intp]) -> Block:
+        """A copy of the present rows at these columns. ValueError for NaN or infinity."""
+        block_NB = self.delta_ND[self.row_N, columns] if isinstance(columns, slice) else self._at(columns)
+        if not np.isfinite(block_NB).all():
+            raise ValueError("delta_ND has NaN or infinity in a row of weight above 0; the wire must refuse it")
+        return block_NB if self.mix_MN is None else (self.mix_MN @ block_NB).astype(np.float32)
+
+    def _at(self, columns: NDArray[np.intp]) -> Block:
+        return self.delta_ND[np.ix_(self.row_N, columns)]
+
+    def only(self, index_M: Sequence[int] | NDArray[np.intp]) -> Present:
+        """Some of the rows, weights relative to the largest of them."""
+        index_M = np.asarray(index_M, np.intp)
+        weight_M = self.weight_N[index_M] / self.weight_N[index_M].max()
+        if self.mix_MN is None:
+            return Present(self.delta_ND, self.row_N[index_M], weight_M)
+        return Present(self.delta_ND, self.row_N, weight_M, self.mix_MN[index_M])
+
+    def mixed(self, mix_MN: NDArray[np.float64], weight_M: NDArray[np.float64]) -> Present:
+        """Rows that are mixtures (each row of `mix_MN` sums to 1) of these."""
+        mix_MN = mix_MN if self.mix_MN is None else mix_MN @ self.mix_MN
+        return Present(self.delta_ND, self.row_N, weight_M / weight_M.max(), mix_MN)
 
 
 Rule = Callable[[Present], NDArray[np.float32]]
+Memory = Mapping[str, NDArray[np.float32]]
+MemoryRule = Callable[[Present, Sequence[str], Memory], tuple[NDArray[np.float32], Memory]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ruled:
+    """An aggregator made of a rule on present rows; what is common to all of them is done here."""
+
+    rule: Rule
+
+    def __call__(self, delta_ND: NDArray[np.float32], weight_N: ArrayLike, /) -> NDArray[np.float32]:
+        checked_N = checked(delta_ND, weight_N)
+        row_N = _by_content(delta_ND, checked_N, np.flatnonzero(checked_N))
+        if not row_N.size:
+            return np.zeros(delta_ND.shape[1], np.float32)
+        return _plain(self.rule(Present(delta_ND, row_N, checked_N[row_N] / checked_N[row_N].max())))
+
+
+@dataclass(frozen=True, slots=True)
+class Remembering:
+    """An aggregator that remembers participants: `init() -> memory`, then `aggregate(delta_ND, weight_N, names,
+    memory) -> (delta_D, memory)`. Memory is named float32 arrays, kept in the checkpoint beside the server
+    optimiser's; it is never written to, a new one is returned. Called as a plain aggregator it is a first round."""
+
+    rule: MemoryRule
+
+    def init(self) -> Memory:
+        return {}
+
+    def aggregate(
+        self, delta_ND: NDArray[np.float32], weight_N: ArrayLike, names: Sequence[str], memory: Memory
+    ) -> tuple[NDArray[np.float32], Memory]:
+        """`names`: who sent each row, all different. Those of weight 0 are neither seen nor remembered."""
+        checked_N = checked(delta_ND, weight_N)
+        if len(set(names)) != len(checked_N):
+            raise ValueError(f"{len(set(names))} different names do not fit {len(checked_N)} rows")
+        row_N = _by_content(delta_ND, checked_N, np.flatnonzero(checked_N), names)
+        if not row_N.size:
+            return np.zeros(delta_ND.shape[1], np.float32), memory
+        rows = Present(delta_ND, row_N, checked_N[row_N] / checked_N[row_N].max())
+        out_D, memory = self.rule(rows, [names[row] for row in row_N], memory)
+        return _plain(out_D), memory
+
+    def __call__(self, delta_ND: NDArray[np.float32], weight_N: ArrayLike, /) -> NDArray[np.float32]:
+        checked_N = checked(delta_ND, weight_N)
+        return self.aggregate(delta_ND, checked_N, [str(row) for row in range(len(checked_N))], self.init())[0]
+
+
+def step(
+    aggregate: Aggregator, delta_ND: NDArray[np.float32], weight_N: ArrayLike, names: Sequence[str], memory: Memory
+) -> tuple[NDArray[np.float32], Memory]:
+    """One round of any aggregator: a stateless one leaves `memory` as it is."""
+    if isinstance(aggregate, Remembering):
+        return aggregate.aggregate(delta_ND, weight_N, names, memory)
+    return aggregate(delta_ND, weight_N), memory
 
 
 def build(name: str, factory: Callable[..., T], params: Mapping[str, Any]) -> T:
@@ -82,19 +164,9 @@ def build(name: str, factory: Callable[..., T], params: Mapping[str, Any]) -> T:
     return factory(**params)
 
 
-def aggregator(rule: Rule) -> Aggregator:
-    def aggregate(delta_ND: NDArray[np.float32], weight_N: ArrayLike, /) -> NDArray[np.float32]:
-        checked_N = checked(delta_ND, weight_N)
-        row_N = np.flatnonzero(checked_N)
-        if not row_N.size:
-            return np.zeros(delta_ND.shape[1], np.float32)
-        row_N = _by_content(delta_ND, checked_N, row_N)
-        present_N = checked_N[row_N]
-        out_D = rule(Present(delta_ND, row_N, present_N / present_N.max()))
-        out_D += np.float32(0)  # -0.0 becomes 0.0: the two compare equal, so the order by content cannot tell them
-        return out_D
-
-    return aggregate
+def _plain(out_D: NDArray[np.float32]) -> NDArray[np.float32]:
+    out_D += np.float32(0)  # -0.0 becomes 0.0: the two compare equal, so the order by content cannot tell them
+    return out_D
 
 
 def checked(delta_ND: NDArray[np.float32], weight_N: ArrayLike) -> NDArray[np.float64]:
@@ -111,9 +183,9 @@ def checked(delta_ND: NDArray[np.float32], weight_N: ArrayLike) -> NDArray[np.fl
 
 
 def _by_content(
-    delta_ND: NDArray[np.float32], weight_N: NDArray[np.float64], row_N: NDArray[np.intp]
+    delta_ND: NDArray[np.float32], weight_N: NDArray[np.float64], row_N: NDArray[np.intp], names: Sequence[str] = ()
 ) -> NDArray[np.intp]:
-    """Rows sorted as tuples of numbers would be, then by weight: float sums are then the same in whatever order they
+    """Rows sorted as tuples of numbers would be, then by weight and name: float sums are then the same in whatever order they
     came, without hashing every row. Two rows nearly always differ within their first values, so this reads little."""
 
     def compare(a: np.intp, b: np.intp) -> int:
@@ -123,44 +195,30 @@ def _by_content(
             if differs_B.any():
                 first = int(np.argmax(differs_B))
                 return -1 if a_B[first] < b_B[first] else 1
-        return int(np.sign(weight_N[a] - weight_N[b]))
+        if weight_N[a] != weight_N[b]:
+            return -1 if weight_N[a] < weight_N[b] else 1
+        return -1 if names and names[int(a)] < names[int(b)] else int(bool(names))
 
     return np.array(sorted(row_N, key=cmp_to_key(compare)), dtype=np.intp)
-
-
-def sort_columns(
-    block_NB: NDArray[np.float32], weight_N: NDArray[np.float64]
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Values sorted in each column, and the weight up to and including each: (N, B), or (N, 1) where all are equal."""
-    if (weight_N == 1).all():  # relative to the largest: all equal
-        block_NB.sort(axis=0)
-        return block_NB, np.cumsum(weight_N)[:, None]
-    order_NB = np.argsort(block_NB, axis=0, kind="stable")
-    return np.take_along_axis(block_NB, order_NB, axis=0), np.cumsum(weight_N[order_NB], axis=0)
-
-
-def weighted_sum(block_NB: NDArray[np.float32], weight_NB: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum of weight times value in each column, float64, row after row: a matrix product would add in an order that
-    depends on the width of the block."""
-    total_B = np.zeros(block_NB.shape[1])
-    for row_B, weight_B in zip(block_NB, weight_NB):
-        total_B += row_B * weight_B
-    return total_B
-
-
-def square_distances(rows: Present) -> NDArray[np.float64]:
-    gram_NN = np.zeros((rows.n, rows.n))
-    for _, block_NB in rows.blocks():
-        centre_B = np.partition(block_NB, rows.n // 2, axis=0)[rows.n // 2]
-        centred_NB = block_NB.astype(np.float64) - centre_B
-        gram_NN += centred_NB @ centred_NB.T
-    norm_N = np.diagonal(gram_NN)
-    return np.maximum(norm_N[:, None] + norm_N[None, :] - 2 * gram_NN, 0)  # rounding can leave -1e-16
 
 
 def check_count(rule: str, name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{rule}: {name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_number(rule: str, name: str, value: object, least: float, strict: bool = False) -> None:
+    """`strict`: above `least`, not at it."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < least or (strict and value == least):  # type: ignore[operator]
+        raise ConfigError(
+            f"{rule}: {name} must be a number {'above' if strict else 'of at least'} {least:g}, got {value!r}"
+        )
+
+
+def check_choice(rule: str, name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{rule}: {name} must be one of {', '.join(known)}; got {value!r}")
 
 
 def check_tolerance(rule: str, bound: str, f: int, needed: int, present: int) -> None:
@@ -169,10 +227,3 @@ def check_tolerance(rule: str, bound: str, f: int, needed: int, present: int) ->
             f"{rule} bears f attackers only among at least {bound} present participants: "
             f"f={f} needs {needed}, {present} present"
         )
-
-
-def weighted_mean(rows: Present) -> NDArray[np.float32]:
-    out_D = np.empty(rows.delta_ND.shape[1], np.float32)
-    for columns, block_NB in rows.blocks():
-        out_D[columns] = weighted_sum(block_NB, rows.weight_N[:, None]) / rows.mass
-    return out_D

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from assay.federated.aggregators.common import (
+from assay.federated.aggregators.common import Aggregator, Present, Ruled, check_tolerance
+from assay.federated.aggregators.geometry import (
     MASS_SLACK,
-    Aggregator,
-    Present,
-    aggregator,
-    check_count,
-    check_tolerance,
+    attackers,
+    check_attackers,
+    column_median,
     sort_columns,
     weighted_sum,
 )
@@ -28,20 +27,15 @@ def median() -> Aggregator:
     """
 
     def rule(rows: Present) -> NDArray[np.float32]:
-        out_D = np.empty(rows.delta_ND.shape[1], np.float32)
-        half, slack = rows.mass / 2, rows.mass * MASS_SLACK
+        out_D = np.empty(rows.width, np.float32)
         for columns, block_NB in rows.blocks():
-            sorted_NB, cumulative_NB = sort_columns(block_NB, rows.weight_N)
-            low_B = np.argmax(cumulative_NB >= half - slack, axis=0, keepdims=True)
-            high_B = np.argmax(cumulative_NB > half + slack, axis=0, keepdims=True)
-            low_B, high_B = (np.take_along_axis(sorted_NB, index_B, axis=0)[0] for index_B in (low_B, high_B))
-            out_D[columns] = (low_B.astype(np.float64) + high_B) / 2  # float32 would overflow on two values of 3e38
+            out_D[columns] = column_median(block_NB, rows.weight_N)
         return out_D
 
-    return aggregator(rule)
+    return Ruled(rule)
 
 
-def trimmed_mean(f: int) -> Aggregator:
+def trimmed_mean(f: int | str) -> Aggregator:
     """Coordinate-wise trimmed mean (Yin et al. 2018): of n present, drops the f lowest and f highest values each.
 
     Weighted: drops the share f/n of the weight from each end, the row at the border in part; equal weights give the
@@ -51,15 +45,16 @@ def trimmed_mean(f: int) -> Aggregator:
     >>> trimmed_mean(f=1)(np.array([[1], [2], [4], [1e6]], np.float32), [1, 1, 1, 1])
     array([3.], dtype=float32)
     """
-    check_count("trimmed_mean", "f", f, 0)
+    check_attackers("trimmed_mean", f)
 
     def rule(rows: Present) -> NDArray[np.float32]:
-        check_tolerance("trimmed_mean", "2f+1", f, 2 * f + 1, rows.n)
-        out_D = np.empty(rows.delta_ND.shape[1], np.float32)
+        borne = attackers(rows, f)
+        check_tolerance("trimmed_mean", "2f+1", borne, 2 * borne + 1, rows.n)
+        out_D = np.empty(rows.width, np.float32)
         mass, slack = rows.mass, rows.mass * MASS_SLACK
-        low = f * mass / rows.n
+        low = borne * mass / rows.n
         high = mass - low
-        for columns, block_NB in rows.blocks():
+        for columns, block_NB in rows.blocks(share=2):
             sorted_NB, cumulative_NB = sort_columns(block_NB, rows.weight_N)
             for border in (low, high):  # 1e-16 of a trimmed row at 1e30 would be everything
                 cumulative_NB[np.abs(cumulative_NB - border) <= slack] = border
@@ -67,4 +62,4 @@ def trimmed_mean(f: int) -> Aggregator:
             out_D[columns] = weighted_sum(sorted_NB, kept_NB) / (high - low)
         return out_D
 
-    return aggregator(rule)
+    return Ruled(rule)
