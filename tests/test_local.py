@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from assay import ledger, run_dir
+from assay import checkpoint, ledger, run_dir
 from assay.config import ConfigError, Experiment, parse
 from assay.engines import local
 from assay.engines.pool import Pool
@@ -226,3 +226,41 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_end(
     rows = [json.loads(line) for line in (out / run_dir.METRICS).read_text().splitlines()]
     assert [r["round"] for r in rows] == [0, 1, 2, 3], "no round twice, none missing"
     assert (out / "report.html").exists()
+
+
+def test_killed_between_rounds_what_an_aggregator_remembers_is_resumed(
+    tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
+) -> None:
+    """FoolsGold's histories live in the checkpoint: SIGKILL after round 1, and the end is the unbroken run's."""
+    toml = (
+        TOML
+        + """
+[aggregation]
+name = "foolsgold"
+[defence]
+level = "none"
+"""
+    )
+    toml = toml.replace("[defence.rehearsal]", "[defence.rehearsal]").replace(
+        "rounds = 3", "rounds = 3\nschedule = 'constant'"
+    )
+    experiment = parse(tomllib.loads(toml))
+    unbroken, killed, file = tmp_path / "unbroken", tmp_path / "killed", tmp_path / "small.toml"
+    local.run(experiment, unbroken, prepared, pool)
+    file.write_text(toml)
+    process = assay("run", str(file), "--out", str(killed), "--json")
+    deadline = time.monotonic() + 240
+    while not (killed / run_dir.CHECKPOINTS / "000001.safetensors").exists():
+        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    found = checkpoint.load_latest(killed / run_dir.CHECKPOINTS)
+    assert found is not None
+    assert found.step < 3, "the run was over before it could be killed"
+    assert {n for n in found.tensors if n.startswith("aggregator/history/")}
+    process = assay("run", str(file), "--out", str(killed), "--json")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr.decode()[-2000:]
+    assert (killed / run_dir.LEDGER).read_bytes() == (unbroken / run_dir.LEDGER).read_bytes()

@@ -141,6 +141,9 @@ class AggregationConfig(Frozen):
 
     name: str = "mean"
     params: dict[str, float | int | str] = Field(default_factory=dict)
+    average: Literal["factors", "product"] = "factors"
+    """`factors`: A and B are merged each by itself, by `name`. `product`: the mean of the products BA, cut back to the
+    adapter's rank (the ledger says what was cut); only a mean can do that, and it is exact with server lr 1."""
     pre: tuple[Literal["nnm", "bucketing"], ...] = ()
     """Steps that mix the updates before the aggregator sees them, in this order."""
     pre_params: dict[str, dict[str, float | int | str]] = Field(default_factory=dict)
@@ -148,6 +151,12 @@ class AggregationConfig(Frozen):
     use_counts: bool = False
     """Multiply weights by the clients' claimed row counts, capped at `max_count`. A count is a claim: off by default."""
     max_count: Count = 1000
+
+    @model_validator(mode="after")
+    def _only_a_mean_of_products(self) -> Self:
+        if self.average == "product" and (self.name != "mean" or self.pre):
+            raise ValueError("average = product goes with name = mean and no pre-steps: other rules read the factors")
+        return self
 
 
 class ServerConfig(Frozen):

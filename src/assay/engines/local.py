@@ -44,6 +44,7 @@ class Setup:
     clients: tuple[Client, ...]
     panel: Panel
     defence: Defence
+    aggregate: aggregators.Aggregator
     run_id: str
     initial: Tensors
     tracker: Tracker
@@ -118,6 +119,7 @@ def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id
     clients = tuple(make_clients(experiment, sources))
     panel = make_panel(experiment, sources)
     initial = compute.initial()
+    aggregate = aggregators.from_config(experiment.aggregation, initial)  # a mistake in it must not wait for round 1
     stuff = material(experiment, prepared, compute, sources, initial, tracker)
     return Setup(
         experiment=experiment,
@@ -127,6 +129,7 @@ def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id
         clients=clients,
         panel=panel,
         defence=make(experiment, stuff),
+        aggregate=aggregate,
         run_id=run_id,
         initial=initial,
         tracker=tracker,
@@ -167,6 +170,7 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
         initial=setup.initial,
         opt=_branch(found.tensors, "opt/"),
         screens=found.meta["screens"],
+        memory=_branch(found.tensors, "aggregator/"),
     )
     journal.publish(directory, found.step, found.meta["entry"], found.meta["row"])
     rows = run_dir.read_metrics(directory)
@@ -183,9 +187,8 @@ def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerStat
     updates, refused = _collect(setup, state, index)
     seconds = {"train": time.perf_counter() - at}
     opt = server_opt.make(experiment.server.opt, lr=experiment.server.lr)
-    aggregate = aggregators.make(experiment.aggregation.name, **experiment.aggregation.params)
-    batch = experiment.training.batch_size
-    state, outcome = run_round(state, updates, refused, setup.defence, aggregate, opt, experiment.aggregation, batch)
+    merge, batch = experiment.aggregation, experiment.training.batch_size
+    state, outcome = run_round(state, updates, refused, setup.defence, setup.aggregate, opt, merge, batch)
     seconds.update(outcome.seconds)
     if setup.defence.gate is not None:
         setup.tracker.tick(0.7 * experiment.clients.per_round)
@@ -265,6 +268,7 @@ def _row(outcome: Outcome, scores: Scores | None, seconds: Mapping[str, float]) 
 def _save(directory: Path, state: ServerState, entry: dict[str, Any], row: dict[str, Any]) -> None:
     tensors = {f"adapter/{n}": v for n, v in state.adapter.items()}
     tensors |= {f"opt/{n}": v for n, v in state.opt.items()}
+    tensors |= {f"aggregator/{n}": v for n, v in state.memory.items()}
     journal.save(directory, state.round, tensors, {"screens": dict(state.screens)}, entry, row)
 
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from assay.config import AggregationConfig
 from assay.contribution import LoraUpdate, Refusal, Round, Tensors, flatten, tensors_sha256, unflatten
-from assay.federated.aggregators import Aggregator, ToleranceError
+from assay.federated.aggregators import Aggregator, Memory, ToleranceError, step
+from assay.federated.aggregators.product import Truncation, average_products
 from assay.federated.canary import GateResult
 from assay.federated.defence import Defence
 from assay.federated.server_opt import OptState, ServerOpt
@@ -35,6 +36,8 @@ class ServerState:
     initial: Tensors
     opt: OptState
     screens: Mapping[str, State] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
+    """What the aggregator remembers of participants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +53,12 @@ class Outcome:
     gate: GateResult | None
     num_examples: Mapping[str, int]
     seconds: Mapping[str, float]
+    truncation: Truncation | None = None
+    """Where products were averaged: what their rank could not hold."""
 
     def ledger_body(self) -> dict[str, Any]:
         """The round's ledger entry: who sent which bytes, every verdict, the weights, the model before and after."""
+        truncation = {} if self.truncation is None else {"truncation": self.truncation.as_dict()}
         weight, deciding = self.screened.weight, self.screened.deciding
         hashes = {v.participant: v.contribution for v in self.screened.verdicts}
         return {
@@ -76,6 +82,7 @@ class Outcome:
             # without the seconds: a resumed run must write the very same entry
             "verdicts": [{k: x for k, x in v.as_dict().items() if k != "seconds"} for v in self.screened.verdicts],
             "gate": None if self.gate is None else {"passed": self.gate.passed, "why": self.gate.sentence, **self.gate.evidence},
+            **truncation,
         }  # fmt: skip
 
 
@@ -107,7 +114,7 @@ def run_round(
         seconds[stage] = seconds.get(stage, 0.0) + verdict.seconds
     at = time.perf_counter()
     after, result, why = state.adapter, "applied", ""
-    opt_state = state.opt
+    opt_state, memory, truncation = state.opt, state.memory, None
     weight_N = effective_weights(round, screened, aggregation)
     if screened.mean_weight < defence.min_mean_weight:
         result, why = "skipped", f"mean weight {screened.mean_weight:.2f} is below {defence.min_mean_weight:.2f}"
@@ -115,7 +122,7 @@ def run_round(
         result, why = "skipped", "no contribution was admitted"
     else:
         try:
-            delta_D = aggregate(round.deltas(), weight_N)
+            delta_D, memory, truncation = _merge(round, weight_N, aggregate, aggregation, state.memory)
             params_D, opt_state = opt.update(delta_D, state.opt, flatten(state.adapter))
             after = unflatten(params_D, state.adapter)
         except ToleranceError as error:  # peers decide how many remain: that is data, not a mistake of the operator
@@ -137,8 +144,26 @@ def run_round(
         gate=gate,
         num_examples={u.participant: u.num_examples for u in round.updates},
         seconds=seconds,
+        truncation=truncation,
     )
-    return replace(state, round=round.index, adapter=after, opt=opt_state, screens=screened.states), outcome
+    # a round sent back by the gate is remembered all the same: who sent what is evidence, whatever became of it
+    new = replace(state, round=round.index, adapter=after, opt=opt_state, screens=screened.states, memory=memory)
+    return new, outcome
+
+
+def _merge(
+    round: Round,
+    weight_N: NDArray[np.float64],
+    aggregate: Aggregator,
+    aggregation: AggregationConfig,
+    memory: Memory,
+) -> tuple[NDArray[np.float32], Memory, Truncation | None]:
+    """The round's updates as one delta, factor-wise by the aggregator, or exactly as products."""
+    if aggregation.average == "product":
+        adapter, truncation = average_products([u.tensors for u in round.updates], weight_N)
+        return flatten(adapter) - flatten(round.start), memory, truncation
+    delta_D, memory = step(aggregate, round.deltas(), weight_N, [u.participant for u in round.updates], memory)
+    return delta_D, memory, None
 
 
 def effective_weights(round: Round, screened: Screened, aggregation: AggregationConfig) -> NDArray[np.float64]:

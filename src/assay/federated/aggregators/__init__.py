@@ -152,11 +152,12 @@ def from_config(config: AggregationConfig, adapter: Tensors) -> Aggregator:
     if config.name in AGGREGATORS and "layers" in inspect.signature(AGGREGATORS[config.name]).parameters:
         params.setdefault("layers", tuple(adapter[name].size for name in sorted(adapter)))
     made = make(config.name, **params)
-    if not config.pre:
-        return made
     for name in config.pre_params:
         if name not in config.pre:
-            raise ConfigError(f"aggregation.pre_params: {name!r} is not one of the pre-steps ({', '.join(config.pre)})")
+            known = ", ".join(config.pre) or "none"
+            raise ConfigError(f"aggregation.pre_params: {name!r} is not one of the pre-steps; known: {known}")
+    if not config.pre:
+        return made
     return chain(*(build(name, PRE_STEPS[name], config.pre_params.get(name, {})) for name in config.pre), made)
 
 
