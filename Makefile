@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once, some minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps byzfl
 	@touch $@
 
 install: $(STAMP)
