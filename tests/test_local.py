@@ -264,3 +264,60 @@ level = "none"
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr.decode()[-2000:]
     assert (killed / run_dir.LEDGER).read_bytes() == (unbroken / run_dir.LEDGER).read_bytes()
+
+
+SCAFFOLD = {
+    "name": "scaffold", "defence__level": "none", "clients__sampled": 4, "training__rounds": 4, "training__steps": 3,
+    "training__optimizer": "sgd", "training__lr": 0.5, "training__scaffold": True, "evaluate__every": 4,
+    "server__opt": "fedadam", "server__lr": 3e-3,
+}  # fmt: skip
+
+
+def test_a_scaffold_run_resumes_with_its_control_variates(
+    tmp_path: Path, small: Experiment, cache: Path, prepared: Prepared, pool: Pool
+) -> None:
+    """Killed after its first round; control variates and the optimiser's memory must come out of the checkpoint."""
+    changed = small.changed(**SCAFFOLD)
+    local.run(changed, tmp_path / "whole", prepared, pool)
+    file, out = tmp_path / "scaffold.toml", tmp_path / "out"
+    file.write_text(TOML)
+    settings = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in SCAFFOLD.items()]
+    command = ["run", str(file), "--out", str(out), "--json", *(part for s in settings for part in ("--set", s))]
+    process, until = assay(*command), time.monotonic() + 240
+    while not (out / run_dir.CHECKPOINTS / "000001.safetensors").exists():
+        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert run_dir.read_summary(out) is None, "the run was over before it could be killed"
+    left = checkpoint.load_latest(out / run_dir.CHECKPOINTS)
+    assert left is not None
+    assert sum(key.startswith("control/of/") for key in left.tensors) == 4
+    process = assay(*command)
+    stderr = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, stderr.decode()[-2000:]
+    assert (out / run_dir.LEDGER).read_bytes() == (tmp_path / "whole" / run_dir.LEDGER).read_bytes()
+    ends = [checkpoint.load_latest(d / run_dir.CHECKPOINTS) for d in (out, tmp_path / "whole")]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    assert {k: v.tobytes() for k, v in ends[0].tensors.items()} == {k: v.tobytes() for k, v in ends[1].tensors.items()}
+    # and they decide where the run goes: a resume that had lost them would have ended elsewhere
+    local.run(changed.changed(name="plain", training__scaffold=False), tmp_path / "plain", prepared, pool)
+    models = [
+        json.loads((tmp_path / n / run_dir.LEDGER).read_text().splitlines()[-1])["body"]["model"]
+        for n in ("whole", "plain")
+    ]
+    assert models[0] != models[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"training__prox_mu": 0.1}, {"training__scaffold": True, "training__optimizer": "sgd", "training__lr": 0.5}],
+)
+def test_thresholds_are_rehearsed_with_the_runs_own_terms(
+    changes: dict[str, Any], tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
+) -> None:
+    summary = local.run(small.changed(name="terms", evaluate__every=3, **changes), tmp_path / "run", prepared, pool)
+    assert summary["metrics"]["honest_weight_mean"] >= 0.8
+    assert summary["metrics"]["malicious_weight_mean"] <= 0.4

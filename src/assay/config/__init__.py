@@ -14,6 +14,7 @@ from assay.config.federated import (
     CanaryConfig,
     Experiment,
     LoraSettings,
+    ServerConfig,
 )
 from assay.config.swarm import SwarmExperiment
 
@@ -27,6 +28,7 @@ __all__ = [
     "Experiment",
     "LoraSettings",
     "ModelConfig",
+    "ServerConfig",
     "SwarmExperiment",
     "assign",
     "check",

@@ -80,6 +80,13 @@ class TrainingConfig(Frozen):
     """With `cosine`: the rate of the last round; the rate is constant within a round."""
     schedule: Literal["constant", "cosine"] = "constant"
     clip: Positive = 1.0
+    """Largest norm of a client's own gradient in a step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Fresh in every round. Sgd wants rates some hundred times higher than the default."""
+    prox_mu: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """FedProx: mu/2 x the squared distance to the round's adapter joins the local loss (paper: 0.01). 0 is none."""
+    scaffold: bool = False
+    """SCAFFOLD: the server corrects every client's gradients for drift (federated/scaffold.py). Needs sgd."""
     shadow_lr: Positive | None = None
     """Rate of the shadow branch; None = `lr`. (Paper: 5e-5, equal to its `lr`.)"""
 
@@ -160,8 +167,14 @@ class AggregationConfig(Frozen):
 
 
 class ServerConfig(Frozen):
+    """What the server does with the aggregate: fedavg, fedavgm, fedadagrad, fedyogi, fedadam (federated/server_opt.py)."""
+
     opt: str = "fedavg"
-    lr: Positive = 1.0
+    lr: Positive | None = None
+    """None: 1 for fedavg and fedavgm, 1e-3 for the adaptive ones (paper: 1e-3)."""
+    params: dict[str, float] = Field(default_factory=dict)
+    """The optimiser's further knobs, e.g. `{ tau = 1e-3, beta1 = 0.9, beta2 = 0.99 }` (the paper's values, the defaults
+    too) or `{ momentum = 0.9 }`."""
 
 
 class EvaluateConfig(Frozen):
@@ -197,6 +210,11 @@ class Experiment(Root):
     def _coherent(self) -> Self:
         if self.defence.level == "submitted" and self.defence.norm_refuse < self.defence.norm_clip:
             raise ValueError("defence.norm_refuse must not be below defence.norm_clip")
+        if self.training.scaffold and self.training.optimizer != "sgd":
+            raise ValueError(
+                "training.scaffold needs training.optimizer = 'sgd' (and a rate for it): a control variate is a mean "
+                "gradient, which the steps of AdamW do not show"
+            )
         if self.clients.examples < self.training.batch_size:
             raise ValueError(
                 f"clients.examples = {self.clients.examples} is less than one batch of {self.training.batch_size}"

@@ -16,16 +16,16 @@ from safetensors.numpy import save as save_safetensors
 
 from assay import checkpoint, run_dir, wire
 from assay.config import Experiment
-from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
+from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256, unflatten
 from assay.engines import journal
 from assay.engines.pool import Pool
-from assay.federated import aggregators, server_opt
+from assay.federated import aggregators, scaffold, server_opt
 from assay.federated.compute import Compute, TrainJob
 from assay.federated.defence import Defence, make
 from assay.federated.evaluate import Panel, Scores, evaluate, make_panel
 from assay.federated.local_sft import LocalResult
 from assay.federated.population import Client, Sources, load_sources, make_attack, make_clients, sampled, seed_of
-from assay.federated.preparation import Prepared, client_settings, material, prepare
+from assay.federated.preparation import Prepared, client_settings, controls_rule, material, prepare
 from assay.federated.round import Outcome, ServerState, run_round
 from assay.federated.summary import summarise
 from assay.progress import Silent, Tracker
@@ -141,7 +141,7 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
     found = checkpoint.load_latest(directory / run_dir.CHECKPOINTS)
     experiment = setup.experiment
     if found is None:
-        opt = server_opt.make(experiment.server.opt, lr=experiment.server.lr)
+        opt = server_opt.of(experiment.server)
         flat = np.concatenate([setup.initial[n].ravel() for n in sorted(setup.initial)])
         state = ServerState(round=0, adapter=setup.initial, initial=setup.initial, opt=opt.init(flat))
         at = time.perf_counter()
@@ -169,6 +169,7 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
         adapter=_branch(found.tensors, "adapter/"),
         initial=setup.initial,
         opt=_branch(found.tensors, "opt/"),
+        controls=_branch(found.tensors, "control/"),
         screens=found.meta["screens"],
         memory=_branch(found.tensors, "aggregator/"),
     )
@@ -186,9 +187,9 @@ def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerStat
     at = time.perf_counter()
     updates, refused = _collect(setup, state, index)
     seconds = {"train": time.perf_counter() - at}
-    opt = server_opt.make(experiment.server.opt, lr=experiment.server.lr)
-    merge, batch = experiment.aggregation, experiment.training.batch_size
-    state, outcome = run_round(state, updates, refused, setup.defence, setup.aggregate, opt, merge, batch)
+    opt = server_opt.of(experiment.server)
+    merge, batch, rule = experiment.aggregation, experiment.training.batch_size, controls_rule(experiment, index)
+    state, outcome = run_round(state, updates, refused, setup.defence, setup.aggregate, opt, merge, batch, rule)
     seconds.update(outcome.seconds)
     if setup.defence.gate is not None:
         setup.tracker.tick(0.7 * experiment.clients.per_round)
@@ -214,9 +215,12 @@ def _collect(setup: Setup, state: ServerState, index: int) -> tuple[list[LoraUpd
         seed = seed_of(experiment.seed, client.name, index)
         rows = client.rows(attack, index, seed)
         own = replace(settings, seed=seed, keep_steps=setup.defence.wants_steps)
-        jobs.append(TrainJob(state.adapter, rows, own))
+        correct_D = scaffold.correction(state.controls, client.name)
+        correct = None if correct_D is None else unflatten(correct_D, state.adapter)
+        jobs.append(TrainJob(state.adapter, rows, own, correct))
         if setup.defence.wants_shadow:
             lr = experiment.training.shadow_lr or experiment.training.lr
+            # no correction: it belongs to the adapter of this round, and the probe has seen branches without
             shadows.append(TrainJob(setup.initial, rows, replace(own, lr=lr, keep_steps=True)))
     per_job = _train_units(experiment) / (2 if shadows else 1)
     results = setup.compute.train([*jobs, *shadows], _ticker(setup, per_job))
@@ -269,6 +273,7 @@ def _save(directory: Path, state: ServerState, entry: dict[str, Any], row: dict[
     tensors = {f"adapter/{n}": v for n, v in state.adapter.items()}
     tensors |= {f"opt/{n}": v for n, v in state.opt.items()}
     tensors |= {f"aggregator/{n}": v for n, v in state.memory.items()}
+    tensors |= {f"control/{n}": v for n, v in state.controls.items()}
     journal.save(directory, state.round, tensors, {"screens": dict(state.screens)}, entry, row)
 
 

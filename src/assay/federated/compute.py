@@ -30,11 +30,12 @@ def no_tick(count: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """One client's local training: where it starts, its rows, its settings."""
+    """One client's local training: where it starts, its rows, its settings, SCAFFOLD's correction if there is one."""
 
     start: Tensors
     rows: tuple[Example, ...]
     settings: LocalSettings
+    correction: Tensors | None = None
 
 
 class Compute(Protocol):
@@ -67,7 +68,7 @@ class Serial:
     def train(self, jobs: Sequence[TrainJob], tick: Tick = no_tick) -> list[LocalResult]:
         out = []
         for job in jobs:
-            out.append(train(self.carrier, job.start, job.rows, job.settings))
+            out.append(train(self.carrier, job.start, job.rows, job.settings, correction=job.correction))
             tick(1)
         return out
 

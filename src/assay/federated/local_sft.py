@@ -1,4 +1,6 @@
-"""What a client does in a round: a few AdamW steps of LoRA on its own rows, loss on the answers only.
+"""What a client does in a round: a few steps of LoRA on its own rows, loss on the answers only.
+
+The gradient of a step is: loss, plus FedProx's pull towards the round's start, clipped, plus SCAFFOLD's correction.
 
 Legend: B batch, T tokens, V vocabulary, H hidden.
 The vocabulary dominates the cost of a small model, so logits are computed at answer positions only, flattened to two
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +34,10 @@ class LocalSettings:
     clip: float = 1.0
     template: str = "chatml"
     seed: int = 0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Fresh in every round, without weight decay or (sgd) momentum."""
+    prox_mu: float = 0.0
+    """FedProx, Li et al. 2020, equation 2: mu/2 * |y - x|^2 is added to the local loss. 0 is none."""
     lr_final: float | None = None
     """Decay linearly to this rate within the call; only the warm-up does (clients: constant within a round)."""
     keep_steps: bool = True
@@ -110,24 +116,78 @@ def answer_nll(model: Any, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits_PV.float(), batch.target_P, reduction="none")
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a step does to the gradient of the loss. `start` and `correction` are aligned with the weights, or empty."""
+
+    clip: float
+    prox_mu: float = 0.0
+    start: tuple[torch.Tensor, ...] = ()
+    correction: tuple[torch.Tensor, ...] = ()
+
+
+def make_optimizer(weights: Sequence[torch.nn.Parameter], settings: LocalSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(weights, lr=settings.lr)
+    return torch.optim.AdamW(weights, lr=settings.lr, weight_decay=0.0)
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer, weights: Sequence[torch.nn.Parameter], loss: torch.Tensor, terms: Terms
+) -> None:
+    """One local step. The proximal term is part of the objective and is clipped with it; the correction is not.
+
+    So the mean of a client's own gradients over a round is at most `clip` long, and with sgd it is exactly
+    (x - y) / (K * lr) minus the correction: this is what lets a server bound and derive a control variate.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for weight, start in zip(weights, terms.start):  # d/dy of mu/2 * |y - x|^2
+        pull = (weight.detach() - start).mul_(terms.prox_mu)
+        weight.grad = pull if weight.grad is None else weight.grad.add_(pull)
+    torch.nn.utils.clip_grad_norm_(weights, terms.clip)
+    for weight, correction in zip(weights, terms.correction):
+        weight.grad = correction.clone() if weight.grad is None else weight.grad.add_(correction)
+    optimizer.step()
+
+
+def _terms(
+    carrier: Carrier,
+    weights: Sequence[torch.nn.Parameter],
+    start: Tensors,
+    settings: LocalSettings,
+    correction: Tensors | None,
+) -> Terms:
+    """The terms as tensors beside the weights; leaves `start` in the carrier."""
+    corrections: tuple[torch.Tensor, ...] = ()
+    if correction is not None:  # through the carrier, for it knows which tensor is which parameter, and on what device
+        carrier.set(correction)
+        corrections = tuple(w.detach().clone() for w in weights)
+    carrier.set(start)
+    starts = tuple(w.detach().clone() for w in weights) if settings.prox_mu else ()
+    return Terms(settings.clip, settings.prox_mu, starts, corrections)
+
+
 def train(
     carrier: Carrier,
     start: Tensors,
     rows: Sequence[Example],
     settings: LocalSettings,
     tick: Callable[[int], None] | None = None,
+    correction: Tensors | None = None,
 ) -> LocalResult:
-    """Train from `start` with fresh AdamW (no weight decay); repeatable bit for bit on one machine and thread count.
+    """Train from `start` with a fresh optimiser; repeatable bit for bit on one machine and thread count.
 
-    `tick(1)` is called after each step.
+    `tick(1)` is called after each step. `correction` is what SCAFFOLD's server sends along (scaffold.py). The losses
+    reported are those of the rows alone.
     """
-    carrier.set(start)
     model = carrier.model
     device = next(model.parameters()).device
     weights = [p for n, p in model.named_parameters() if "lora_" in n]
+    terms = _terms(carrier, weights, start, settings, correction)
     for weight in weights:
         weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=0.0)
+    optimizer = make_optimizer(weights, settings)
     steps: list[Tensors] = []
     losses: list[float] = []
     for step, chosen in enumerate(_batches(len(rows), settings)):
@@ -135,10 +195,7 @@ def train(
         tokens = [tokenize(carrier.base.tokenizer, rows[i], settings.template, settings.max_length) for i in chosen]
         batch = collate(tokens, carrier.base.tokenizer.pad_token_id, device)
         loss = answer_nll(model, batch).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(weights, settings.clip)
-        optimizer.step()
+        take_step(optimizer, weights, loss, terms)
         losses.append(float(loss.detach()))
         if settings.keep_steps:
             steps.append(carrier.get())

@@ -13,6 +13,7 @@ import numpy as np
 from assay import models
 from assay.config import ConfigError, Experiment
 from assay.contribution import Tensors
+from assay.federated import scaffold, server_opt
 from assay.federated.canary import Measure
 from assay.federated.collect import CollectSettings, collect, fit_probe
 from assay.federated.compute import Compute
@@ -42,6 +43,7 @@ class Prepared:
 def prepare(experiment: Experiment, tracker: Tracker) -> Prepared:
     """Resolve, fetch and, where asked, align the base model."""
     config = experiment.model
+    server_opt.of(experiment.server)  # a wrong knob is said now, not after minutes of preparation
     dtype = models.resolve_dtype(config.dtype)
     if not config.align:
         path = models.resolve(config.name, tracker.say)
@@ -83,9 +85,17 @@ def client_settings(experiment: Experiment, round: int) -> LocalSettings:
         max_length=training.max_length,
         lr=lr_of_round(experiment, round),
         clip=training.clip,
+        optimizer=training.optimizer,
+        prox_mu=training.prox_mu,
         template=experiment.model.template,
         keep_steps=False,
     )
+
+
+def controls_rule(experiment: Experiment, round: int) -> scaffold.Rule | None:
+    """How SCAFFOLD's server reads submissions of `round`; None where it is off, or where the rate has come to 0."""
+    settings = client_settings(experiment, round)
+    return scaffold.Rule.of(settings) if experiment.training.scaffold and settings.lr > 0 else None
 
 
 def lr_of_round(experiment: Experiment, round: int) -> float:
@@ -169,7 +179,8 @@ def get_rehearsal(
     if path.exists():
         return Rehearsal.load(path)
     config = experiment.defence.rehearsal
-    jobs = config.rounds * (config.malicious + 8)
+    again = 8 if experiment.training.prox_mu and experiment.training.optimizer == "adamw" else 0
+    jobs = config.rounds * (config.malicious + 8 + again)
     steps = experiment.training.steps
     tracker.say(f"rehearsing: {config.rounds} honest rounds on the server's own data (once)")
     tracker.add(float(steps * jobs))
@@ -199,6 +210,7 @@ def rehearsal_key(experiment: Experiment, prepared: Prepared, sources: Sources) 
     rehearsed = {
         "canary": config.canary.model_dump(exclude={"floor", "anchor_floor"}),
         "rehearsal": config.rehearsal.model_dump(),
+        "server": experiment.server.model_dump(),  # the rehearsed adapter moves as the run's will
         "neighbours": config.neighbours,
         "seed": experiment.seed,
         "dtype": prepared.dtype,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from assay.config import AggregationConfig
 from assay.contribution import LoraUpdate, Refusal, Round, Tensors, flatten, tensors_sha256, unflatten
+from assay.federated import scaffold
 from assay.federated.aggregators import Aggregator, Memory, ToleranceError, step
 from assay.federated.aggregators.product import Truncation, average_products
 from assay.federated.canary import GateResult
@@ -38,6 +39,7 @@ class ServerState:
     screens: Mapping[str, State] = field(default_factory=dict)
     memory: Memory = field(default_factory=dict)
     """What the aggregator remembers of participants."""
+    controls: scaffold.Controls = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +97,13 @@ def run_round(
     opt: ServerOpt,
     aggregation: AggregationConfig,
     batch_size: int,
+    controls_rule: scaffold.Rule | None = None,
 ) -> tuple[ServerState, Outcome]:
-    """Screen, aggregate, step, gate. The new state always has `round` one higher, whatever became of the round."""
+    """Screen, aggregate, step, gate. The new state always has `round` one higher, whatever became of the round.
+
+    `controls_rule` is SCAFFOLD's; without it control variates stay as they are. A round that is not applied leaves
+    optimiser and control variates alone.
+    """
     round = Round(
         index=state.round + 1,
         start=state.adapter,
@@ -114,7 +121,7 @@ def run_round(
         seconds[stage] = seconds.get(stage, 0.0) + verdict.seconds
     at = time.perf_counter()
     after, result, why = state.adapter, "applied", ""
-    opt_state, memory, truncation = state.opt, state.memory, None
+    opt_state, controls, memory, truncation = state.opt, state.controls, state.memory, None
     weight_N = effective_weights(round, screened, aggregation)
     if screened.mean_weight < defence.min_mean_weight:
         result, why = "skipped", f"mean weight {screened.mean_weight:.2f} is below {defence.min_mean_weight:.2f}"
@@ -122,7 +129,10 @@ def run_round(
         result, why = "skipped", "no contribution was admitted"
     else:
         try:
-            delta_D, memory, truncation = _merge(round, weight_N, aggregate, aggregation, state.memory)
+            delta_D, remembered, truncation = _merge(round, weight_N, aggregate, aggregation, state.memory)
+            varied = _controls(round, weight_N, state.controls, controls_rule, aggregate)
+            params_D, opt_state = opt.update(delta_D, state.opt, flatten(state.adapter))
+            after, memory, controls = unflatten(params_D, state.adapter), remembered, varied
             params_D, opt_state = opt.update(delta_D, state.opt, flatten(state.adapter))
             after = unflatten(params_D, state.adapter)
         except ToleranceError as error:  # peers decide how many remain: that is data, not a mistake of the operator
@@ -132,7 +142,8 @@ def run_round(
     if defence.gate is not None and result == "applied":
         gate = defence.gate.check(after, state.adapter, state.initial)
         if not gate.passed:
-            result, why, after, opt_state = "rolled_back", gate.sentence, state.adapter, state.opt
+            result, why, after = "rolled_back", gate.sentence, state.adapter
+            opt_state, controls = state.opt, state.controls
         seconds["canary"] = seconds.get("canary", 0.0) + time.perf_counter() - at
     outcome = Outcome(
         round=round.index,
@@ -147,8 +158,23 @@ def run_round(
         truncation=truncation,
     )
     # a round sent back by the gate is remembered all the same: who sent what is evidence, whatever became of it
-    new = replace(state, round=round.index, adapter=after, opt=opt_state, screens=screened.states, memory=memory)
+    new = replace(
+        state, round=round.index, adapter=after, opt=opt_state, screens=screened.states, memory=memory, controls=controls
+    )  # fmt: skip
     return new, outcome
+
+
+def _controls(
+    round: Round,
+    weight_N: NDArray[np.float64],
+    controls: scaffold.Controls,
+    rule: scaffold.Rule | None,
+    aggregate: Aggregator,
+) -> scaffold.Controls:
+    if rule is None:
+        return controls
+    names, absent = [u.participant for u in round.updates], [r.participant for r in round.refused]
+    return scaffold.update(controls, names, round.deltas(), weight_N, rule, aggregate, absent)
 
 
 def _merge(
