@@ -19,9 +19,9 @@ from assay.config import Experiment
 from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
 from assay.engines import journal
 from assay.engines.pool import Pool
-from assay.federated import aggregators, server_opt
+from assay.federated import aggregators, defence, server_opt
 from assay.federated.compute import Compute, TrainJob
-from assay.federated.defence import Defence, make
+from assay.federated.defence import Defence
 from assay.federated.evaluate import Panel, Scores, evaluate, make_panel
 from assay.federated.local_sft import LocalResult
 from assay.federated.population import Client, Sources, load_sources, make_attack, make_clients, sampled, seed_of
@@ -89,14 +89,14 @@ def units(experiment: Experiment) -> float:
     """Rough seconds of one core a run takes, for progress bars."""
     training, evaluation = experiment.training, experiment.evaluate
     rounds, clients = training.rounds, experiment.clients.per_round
-    each = _train_units(experiment) + (0.7 if experiment.defence.level == "submitted" else 0)
+    each = _train_units(experiment) + (0.7 if defence.reads_model(experiment) else 0)
     evaluations = 2 + (rounds - 1) // evaluation.every
     return rounds * clients * each + evaluations * _evaluate_units(experiment)
 
 
 def _train_units(experiment: Experiment) -> float:
     training = experiment.training
-    branches = 2 if experiment.defence.level == "shadow" else 1
+    branches = 2 if defence.wants_shadow(experiment) else 1
     return TRAIN_UNITS * training.steps * branches * training.batch_size * training.max_length / (8 * 48)
 
 
@@ -126,7 +126,7 @@ def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id
         sources=sources,
         clients=clients,
         panel=panel,
-        defence=make(experiment, stuff),
+        defence=defence.make(experiment, stuff),
         run_id=run_id,
         initial=initial,
         tracker=tracker,
@@ -157,6 +157,7 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
             "base_sha256": setup.prepared.base_sha256,
             "model": tensors_sha256(state.adapter),
             "defence": setup.defence.summary(),
+            "faithful": setup.defence.faithful,
             "aggregator": experiment.aggregation.name,
         }
         _save(directory, state, body, row)
