@@ -208,6 +208,11 @@ class Experiment(Root):
     wing: Literal["federated"] = "federated"
     workers: Count | None = None
     """Processes that train clients; None = one per core. Never changes a result."""
+    keep_updates: bool = True
+    """Keep every accepted update under the run's `updates/`, so that `assay excise` can remove a client afterwards.
+    Costs rounds x clients x adapter (1.8 MB for SmolLM2-135M at r 8, 14 MB for Llama-3.1-8B)."""
+    keep_updates_gb: Positive = 10.0
+    """Most that `keep_updates` may need, in 10^9 bytes; a run that could need more does not start."""
     model: ModelConfig = ModelConfig()
     lora: LoraSettings = LoraSettings()
     data: DataConfig = DataConfig()

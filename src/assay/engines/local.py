@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save as save_safetensors
 
 from assay import checkpoint, run_dir, wire
 from assay.config import Experiment
 from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
 from assay.engines import journal
 from assay.engines.pool import Pool
-from assay.federated import aggregators, defence, server_opt
+from assay.federated import aggregators, defence, server_opt, store
 from assay.federated.compute import Compute, TrainJob
 from assay.federated.defence import Defence
 from assay.federated.evaluate import Panel, Scores, evaluate, make_panel
 from assay.federated.local_sft import LocalResult
+from assay.federated.lora import write_peft
 from assay.federated.population import Client, Sources, load_sources, make_attack, make_clients, sampled, seed_of
 from assay.federated.preparation import Prepared, client_settings, material, prepare
 from assay.federated.round import Outcome, ServerState, run_round
@@ -118,6 +118,7 @@ def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id
     clients = tuple(make_clients(experiment, sources))
     panel = make_panel(experiment, sources)
     initial = compute.initial()
+    store.check_room(experiment, initial)
     stuff = material(experiment, prepared, compute, sources, initial, tracker)
     return Setup(
         experiment=experiment,
@@ -160,6 +161,8 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
             "faithful": setup.defence.faithful,
             "aggregator": experiment.aggregation.name,
         }
+        if experiment.keep_updates:
+            store.put(directory / store.UPDATES, state.adapter)
         _save(directory, state, body, row)
         return state, [row]
     state = ServerState(
@@ -188,6 +191,8 @@ def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerStat
     batch = experiment.training.batch_size
     state, outcome = run_round(state, updates, refused, setup.defence, aggregate, opt, experiment.aggregation, batch)
     seconds.update(outcome.seconds)
+    if experiment.keep_updates and outcome.result == "applied":
+        store.put_accepted(directory / store.UPDATES, updates, outcome.screened.weight)
     if setup.defence.gate is not None:
         setup.tracker.tick(0.7 * experiment.clients.per_round)
     scores: Scores | None = None
@@ -273,32 +278,15 @@ def _finish(
     setup: Setup, state: ServerState, directory: Path, rows: Sequence[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     """The final adapter in PEFT format, the closing ledger entry and, last of all, the summary."""
-    write_peft(directory / run_dir.ADAPTER, state.adapter, setup)
+    lora, base = setup.experiment.lora, str(setup.prepared.path)
+    write_peft(directory / run_dir.ADAPTER, state.adapter, lora, base)
     truth = {c.name: c.malicious for c in setup.clients}
     summary = summarise(setup.experiment, directory, list(rows), truth, setup.prepared, command)
     summary["ledger"] = journal.close(directory, setup.experiment.training.rounds, tensors_sha256(state.adapter))
     summary["defence"] = setup.defence.summary()
+    summary["updates"] = store.size(directory / store.UPDATES)
     checkpoint.write_json(directory / run_dir.SUMMARY, summary)
     return summary
-
-
-def write_peft(folder: Path, adapter: Tensors, setup: Setup) -> None:
-    """`PeftModel.from_pretrained(base, folder)` loads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lora = setup.experiment.lora
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(setup.prepared.path),
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": list(lora.targets),
-        "inference_mode": True,
-    }
-    checkpoint.write_atomic(folder / "adapter_model.safetensors", save_safetensors(dict(adapter)))
-    checkpoint.write_json(folder / "adapter_config.json", config)
 
 
 def _ticker(setup: Setup, units_each: float) -> Any:

@@ -143,7 +143,11 @@ def run_round(
 
 def effective_weights(round: Round, screened: Screened, aggregation: AggregationConfig) -> NDArray[np.float64]:
     """weight_N of the round's updates; claimed counts only where the operator asks for them, and capped."""
-    weight_N = np.array([screened.weight[u.participant] for u in round.updates])
-    if aggregation.use_counts:
-        weight_N = weight_N * np.array([min(u.num_examples, aggregation.max_count) for u in round.updates])
-    return weight_N
+    return np.array(
+        [claimed_weight(screened.weight[u.participant], u.num_examples, aggregation) for u in round.updates]
+    )
+
+
+def claimed_weight(weight: float, num_examples: int, aggregation: AggregationConfig) -> float:
+    """One contribution's weight in the aggregate."""
+    return weight * min(num_examples, aggregation.max_count) if aggregation.use_counts else weight
