@@ -10,6 +10,7 @@ from assay import config
 from assay.bench import swarm, tables
 from assay.bench.federated import ALL_LEVELS, suite, variants
 from assay.config import ConfigError, Experiment, SwarmExperiment
+from assay.federated.defence import LEVELS
 from assay.swarm import attacks, defence
 from assay.swarm.exchange import make_plan
 
@@ -19,9 +20,8 @@ ROOT = Path(__file__).parents[1]
 def test_variants_differ_from_the_base_in_one_thing_each() -> None:
     base = Experiment()
     runs = {e.name: e for e in variants(base, ALL_LEVELS)}
-    assert list(runs) == [
-        f"federated.{n}" for n in ("honest_only", "undefended", "submitted", "step", "client", "shadow")
-    ]
+    assert list(runs) == [f"federated.{n}" for n in ("honest_only", "undefended", *ALL_LEVELS)]
+    assert {e.defence.level for e in runs.values()} == set(LEVELS), "every level there is"
     for name, run in runs.items():
         changed = {k for k, v in run.model_dump().items() if v != base.model_dump()[k]} - {"name"}
         assert changed <= {"clients", "defence"}, name

@@ -22,6 +22,7 @@ from assay.engines import local
 from assay.engines.pool import Pool
 from assay.federated.preparation import Prepared, prepare
 from assay.progress import Silent
+from assay.report import write
 
 # tiny's updates are noisy: its canary needs wider limits than the default model's
 TOML = """
@@ -161,8 +162,34 @@ def test_another_experiment_does_not_go_into_the_same_directory(
         local.run(small.changed(seed=1), whole, prepared, pool)
 
 
-@pytest.mark.parametrize("level", ["step", "client", "shadow"])
-def test_the_papers_levels_run(level: str, tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool) -> None:
+def test_the_published_behaviour_is_marked_in_every_record(
+    tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
+) -> None:
+    changed = small.changed(name="paper", defence__level="evidence", defence__faithful=True, training__rounds=1)
+    summary = local.run(changed, tmp_path / "paper", prepared, pool)
+    assert summary["faithful"] is True
+    assert summary["defence"].startswith("AS PUBLISHED")
+    entries = [json.loads(line) for line in (tmp_path / "paper" / run_dir.LEDGER).read_text().splitlines()]
+    assert entries[0]["body"]["faithful"] is True
+    assert {v["screen"] for v in entries[1]["body"]["verdicts"]} == {"structure", "published_evidence"}
+    assert "as published" in write([tmp_path / "paper"], tmp_path / "report.html").read_text()
+
+
+def test_screens_combine_in_a_run(tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool) -> None:
+    screens = ["structure", "norm", "step", "shadow", "spectral", "canary", "gate"]
+    changed = small.changed(name="mine", defence__screens=screens, training__rounds=1, defence__monitor=["spectral"])
+    summary = local.run(changed, tmp_path / "mine", prepared, pool)
+    assert summary["setting"]["level"] == "custom"
+    assert summary["setting"]["screens"] == screens
+    body = json.loads((tmp_path / "mine" / run_dir.LEDGER).read_text().splitlines()[1])["body"]
+    assert {v["screen"] for v in body["verdicts"]} == set(screens) - {"gate"}
+    assert body["gate"]["passed"] in (True, False)
+    claims = [v for v in body["verdicts"] if v["reason"].startswith("claim_")]
+    assert not claims, "chains of clients that train as ordered are plausible, those of malicious ones too"
+
+
+@pytest.mark.parametrize("level", ["step", "client", "shadow", "evidence", "spectral"])
+def test_the_other_levels_run(level: str, tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool) -> None:
     changed = small.changed(name=level, defence__level=level, training__rounds=2, evaluate__every=2)
     summary = local.run(changed, tmp_path / level, prepared, pool)
     assert summary["metrics"]["auroc"] is not None

@@ -452,3 +452,29 @@ def _values(shot: Path) -> int:
         pixels += data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
         at += 12 + length
     return len(set(zlib.decompress(pixels)))
+
+
+@pytest.mark.parametrize("where", ["summary", "ledger", "both"])
+def test_the_published_behaviour_is_marked_wherever_it_appears(tmp_path: Path, where: str) -> None:
+    runs = four_runs(tmp_path)
+
+    def mark(summary: dict[str, Any]) -> None:
+        if where != "ledger":
+            summary["faithful"] = True
+
+    marked = make_run(tmp_path / "paper", "step", refusal=(1.0, 0.4), change=mark)
+    if where != "summary":
+        lines = (marked / "ledger.jsonl").read_text().splitlines()
+        (marked / "ledger.jsonl").unlink()
+        ledger = Ledger(marked / "ledger.jsonl")
+        for line in map(json.loads, lines):
+            ledger.append(line["kind"], line["body"] | ({"faithful": True} if line["kind"] == "start" else {}))
+    page = write([*runs, marked], tmp_path / "report.html").read_text()
+    body = page[page.index("<body>") : page.index('<script type="application/json"')]
+    assert "Published behaviour, for comparison only." in body
+    assert body.index("Published behaviour") < body.index("<main>"), "above everything else"
+    assert '<small class="state">as published</small>' in body
+    assert body.count("paper (as published)") >= 5, "in the headline or tables, legends and captions"
+    assert not re.search(r">paper<", body), "never without its mark"
+    without = write(runs, tmp_path / "plain.html").read_text()
+    assert "as published" not in without[without.index("<body>") :]

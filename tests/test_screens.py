@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +16,16 @@ from assay.config import ConfigError
 from assay.contribution import LoraUpdate, Refusal, Round, tensors_sha256
 from assay.federated import screens
 from assay.federated.canary import Canary, CanaryLimits, Gate, Losses, Rise
+from assay.federated.claims import Ordered
+from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
 from assay.federated.lora import feature_names, unit_rows
 from assay.federated.probe import FitSettings, Probe, fit
-from assay.federated.screens import ClientLevel, Duplicate, Neighbours, Norm, ShadowLevel, StepLevel, Structure
+from assay.federated.screens import Duplicate, Neighbours, Norm, Structure
+from assay.federated.spectral import STATISTICS, Spectral, change_svd, statistics
 from assay.metrics import auroc, tpr_at_fpr
 from assay.verdict import Reason, State, Verdict, screen_round
 
-SHAPES = {f"model.layers.{i}.q_proj.lora_{ab}.weight": (4, 3) for i in (0, 1) for ab in "AB"}
+SHAPES = {f"model.layers.{i}.q_proj.lora_{ab}.weight": (3, 4) if ab == "A" else (4, 3) for i in (0, 1) for ab in "AB"}
 RNG = np.random.default_rng(0)
 
 
@@ -123,6 +128,9 @@ def test_norm_passes_clips_and_refuses() -> None:
     rd = a_round(*(update(f"c{r}", tensors(r)) for r in (1.0, 1.14, 1.3, 1.6)))
     verdicts, _ = Norm(lambda index: size, clip=1.15, refuse=1.5).screen(rd, {})
     assert [round(v.weight, 3) for v in verdicts] == [1.0, 1.0, round(1.15 / 1.3, 3), 0.0]
+    # without a rehearsal the round's median is the limit: 1.22 here
+    verdicts, _ = Norm(None).screen(rd, {})
+    assert [round(v.weight, 3) for v in verdicts] == [1.0, 1.0, 1.0, round(1.15 * 1.22 / 1.6, 3)]
 
 
 def test_copies_count_once_together() -> None:
@@ -197,35 +205,48 @@ def first_layer_probe() -> Probe:
     return Probe(weight_D=np.full(12, 10.0, np.float32), bias=0.0, features="first_b")
 
 
+def midway(end: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """A first step towards `end` that is no point of the straight line: as training, unlike interpolation, goes."""
+    wobble = tensors(noise=0.2, seed=5)
+    return {n: v / 2 + wobble[n] for n, v in end.items()}
+
+
+def ordered(steps: int) -> Callable[[int], Ordered]:
+    return lambda index: Ordered(steps=steps)
+
+
 def test_step_level_wants_the_whole_chain_and_binds_its_end() -> None:
     good, bad = tensors(-1.0), tensors(1.0)
-    half = {n: v / 2 for n, v in bad.items()}
-    clean = {n: v / 2 for n, v in good.items()}
+    half, clean = midway(bad), midway(good)
     rd = a_round(
         update("good", good, steps=(clean, good)),
         update("bad", bad, steps=(half, bad)),
         update("forged", bad, steps=(clean, good)),  # clean evidence beside a poisoned adapter
         update("silent", bad),
         update("short", bad, steps=(bad,)),
+        update("line", good, steps=({n: v / 2 for n, v in good.items()}, good)),  # interpolated
     )
-    verdicts, state = StepLevel(first_layer_probe(), steps=2).screen(rd, {})
+    verdicts, state = StepLevel(first_layer_probe(), ordered(2)).screen(rd, {})
     by = {v.participant: v for v in verdicts}
     # Beta(1,1) decayed by .95, then 16 samples: good (.95+16)/(1.9+16), bad .95/17.9
     assert by["good"].weight == pytest.approx(16.95 / 17.9)
     assert by["bad"].weight == pytest.approx(0.95 / 17.9)
     assert by["forged"].reason is Reason.CLAIM_INCONSISTENT
     assert by["silent"].reason is Reason.CLAIM_MISSING
-    assert [by[n].weight for n in ("forged", "silent", "short")] == [0.0, 0.0, 0.0]
+    assert by["line"].reason is Reason.CLAIM_INCONSISTENT
+    assert [by[n].weight for n in ("forged", "silent", "short", "line")] == [0.0] * 4
     assert set(state) == {"good", "bad"}
 
 
 def test_step_level_keeps_its_last_weight_after_the_scored_rounds() -> None:
     good, bad = tensors(-1.0), tensors(1.0)
-    screen = StepLevel(first_layer_probe(), steps=1, score_rounds=1)
+    screen = StepLevel(first_layer_probe(), ordered(1), score_rounds=1)
     _, state = screen.screen(a_round(update("c", good, steps=(good,))), {})
     later, _ = screen.screen(a_round(update("c", bad, steps=(bad,)), index=2), state)
     assert later[0].weight == pytest.approx(8.95 / 9.9)  # the published hole: nobody looks any more
-    always, _ = StepLevel(first_layer_probe(), steps=1).screen(a_round(update("c", bad, steps=(bad,)), index=2), state)
+    always, _ = StepLevel(first_layer_probe(), ordered(1)).screen(
+        a_round(update("c", bad, steps=(bad,)), index=2), state
+    )
     assert always[0].weight < 0.6
 
 
@@ -234,10 +255,100 @@ def test_client_and_shadow_levels_follow_their_formulas() -> None:
     verdicts, _ = ClientLevel(first_layer_probe()).screen(a_round(update("g", good), update("b", bad)), {})
     assert verdicts[0].weight > 0.99
     assert verdicts[1].weight < 0.01
-    shadowed = update("s", good, shadow=(good, bad))
-    verdicts, _ = ShadowLevel(first_layer_probe(), steps=2).screen(a_round(shadowed, update("n", good)), {})
+    mixed = update(
+        "s",
+        good,
+        shadow=(midway(good), {n: 2 * v + 3 * (n.endswith("0.q_proj.lora_B.weight")) for n, v in good.items()}),
+    )
+    forged = update("f", good, shadow=(bad, good))  # there and back
+    verdicts, _ = ShadowLevel(first_layer_probe(), ordered(2)).screen(a_round(mixed, forged, update("n", good)), {})
     assert verdicts[0].weight == pytest.approx(0.5**7)
-    assert verdicts[1].reason is Reason.CLAIM_MISSING
+    assert [v.reason for v in verdicts[1:]] == [Reason.CLAIM_INCONSISTENT, Reason.CLAIM_MISSING]
+    assert [v.weight for v in verdicts[1:]] == [0.0, 0.0]
+
+
+def evidence(**more: float) -> EvidenceLevel:
+    return EvidenceLevel(first_layer_probe(), ordered(2), "secret", **more)  # type: ignore[arg-type]
+
+
+def shadowed(name: str, sent: dict[str, NDArray[np.float32]], shadow: dict[str, NDArray[np.float32]]) -> LoraUpdate:
+    return update(name, sent, shadow=(midway(shadow), shadow))
+
+
+def test_evidence_reads_the_submission_beside_the_shadow() -> None:
+    good, bad = tensors(-1.0), tensors(1.0)
+    rd = a_round(
+        shadowed("good", good, good), shadowed("bad", bad, bad), shadowed("liar", bad, good), update("silent", good)
+    )
+    verdicts, state = evidence().screen(rd, {})
+    by = {v.participant: v for v in verdicts}
+    assert [by[n].weight for n in ("good", "bad", "liar", "silent")] == [1.0, 0.0, 0.0, 0.0]
+    assert by["liar"].reason is Reason.LOW_TRUST, "a clean shadow beside a poisoned adapter"
+    assert by["silent"].reason is Reason.CLAIM_MISSING
+    assert {n for n, s in state.items() if s["barred"]} == {"bad", "liar", "silent"}
+
+
+def test_evidence_is_resumed_from_its_state_and_wants_no_permanent_verdict() -> None:
+    good, bad = tensors(-1.0), tensors(1.0)
+    screen, state, weights = evidence(audit=1.0), {}, []
+    for index, sent in enumerate([good] * 4 + [bad] + [good] * 4, 1):
+        verdicts, state = screen.screen(a_round(shadowed("c", sent, good), index=index), json.loads(json.dumps(state)))
+        weights.append(verdicts[0].weight)
+    assert weights == [1.0] * 4 + [0.0] * 3 + [1.0] * 2, "caught in its first bad round; back after three clean ones"
+
+
+def test_spectrum_of_the_change_equals_that_of_the_product() -> None:
+    rng = np.random.default_rng(2)
+    a, a0 = (rng.standard_normal((3, 20)).astype(np.float32) for _ in range(2))
+    b, b0 = (rng.standard_normal((15, 3)).astype(np.float32) for _ in range(2))
+    u, s, v = change_svd(a, b, a0, b0)
+    product = b.astype(np.float64) @ a - b0.astype(np.float64) @ a0
+    whole_u, whole_s, whole_v = np.linalg.svd(product)
+    np.testing.assert_allclose(s, whole_s[:6], rtol=1e-10)
+    np.testing.assert_allclose(u @ np.diag(s) @ v, product, atol=1e-10)
+    assert abs(u[:, 0] @ whole_u[:, 0]) == pytest.approx(1)
+    assert abs(v[0] @ whole_v[0]) == pytest.approx(1)
+
+
+def test_spectral_statistics_by_hand() -> None:
+    """B A = diag(3, 4) against a start of zero: norm 5, leading 4, energy shares 9/25 and 16/25."""
+    names = "m.0.lora_A.weight", "m.0.lora_B.weight"
+    start = {names[0]: np.zeros((2, 2), np.float32), names[1]: np.zeros((2, 2), np.float32)}
+    one = {names[0]: np.eye(2, dtype=np.float32), names[1]: np.diag([3, 4]).astype(np.float32)}
+    other = {names[0]: np.eye(2, dtype=np.float32), names[1]: np.diag([4, 3]).astype(np.float32)}
+    x = statistics([one, one, other, other], start)
+    shares = np.array([9, 16]) / 25
+    expected = [math.log(5), math.log(4), 16 / 25, -(shares * np.log(shares)).sum()]
+    np.testing.assert_allclose(x[0, 0, :4], expected, atol=1e-6)
+    # among the others one points the same way (cosine 1), two at right angles: the median is 0
+    np.testing.assert_allclose(x[:, 0, 4], 0, atol=1e-6)
+    assert len(STATISTICS) == x.shape[2] == 5
+
+
+def spectral_round(*odd: dict[str, NDArray[np.float32]], honest: int = 8) -> Round:
+    """Honest updates share a direction and differ by noise, as clients of one model do."""
+    shared = tensors(noise=1.0, seed=50)
+    made = [update(f"h{i}", {n: v + tensors(noise=0.2, seed=i)[n] for n, v in shared.items()}) for i in range(honest)]
+    return a_round(*made, *(update(f"o{i}", t) for i, t in enumerate(odd)))
+
+
+def test_spectral_finds_the_odd_one_and_says_that_rescaling_passes() -> None:
+    other = tensors(noise=1.0, seed=99)
+    shared = tensors(noise=1.0, seed=50)
+    borrowed = {n: v + tensors(noise=0.2, seed=77)[n] for n, v in shared.items()}
+    verdicts, _ = Spectral().screen(spectral_round({n: 20 * v for n, v in other.items()}, borrowed), {})
+    weights = {v.participant: v.weight for v in verdicts}
+    assert weights.pop("o0") == 0.0
+    assert set(weights.values()) == {1.0}, "honest updates, and an attacker who borrowed their shape"
+    assert {v.reason for v in verdicts if v.weight == 0} == {Reason.SPECTRAL}
+
+
+def test_spectral_fails_closed_where_it_cannot_compare() -> None:
+    verdicts, _ = Spectral().screen(spectral_round(honest=3), {})
+    assert [v.weight for v in verdicts] == [0.0] * 3
+    assert "cannot be compared" in verdicts[0].sentence
+    still = [update(f"s{i}", tensors(float(i == 9))) for i in range(5)]  # nobody moves: no direction, no crash
+    assert all(np.isfinite(v.score) for v in Spectral().screen(a_round(*still), {})[0])
 
 
 LIMITS = CanaryLimits(refusal_step=0.02, refusal_anchor=0.1, safe_step=0.02, safe_anchor=0.1)

@@ -3,6 +3,7 @@
 experiment.toml   the config as it was given            resolved.json   the config as it was understood, versions
 ledger.jsonl      hash-chained record of every round    metrics.jsonl   one row per round, row 0 before training
 checkpoints/      state to resume from                  adapter/        the final adapter in PEFT format
+updates/          accepted updates by hash (excise)     excised/        adapters without a client, with reports
 summary.json      written last: a run without it is not finished
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,87 @@ class Strikes:
         ):
             raise ValueError(f"stored Strikes: expected whole numbers and a truth value, got {dict(state)!r}")
         return cls(tuple(rounds), banned, clean)
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What audits have shown of a client (Assay's evidence level): no verdict is for ever.
+
+    `weights`: those of its last clean audited rounds. `barred`: it failed an audit and has passed `clean` rounds in a
+    row since. Who is not trusted is audited in every round (levels.py).
+    """
+
+    weights: tuple[float, ...] = ()
+    barred: bool = False
+    clean: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= w <= 1 for w in self.weights) or self.clean < 0:
+            raise ValueError(f"audited weights must lie in [0, 1] and clean rounds be counted from 0, got {self}")
+
+    def trusted(self, agree: int) -> bool:
+        """`agree` clean audits in a row and none failed since."""
+        return not self.barred and len(self.weights) >= agree
+
+    @property
+    def mean(self) -> float:
+        """Mean of the remembered weights; 0 with none."""
+        return sum(self.weights) / len(self.weights) if self.weights else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"weights": list(self.weights), "barred": self.barred, "clean": self.clean}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Self:
+        _check_keys(cls.__name__, state, ("weights", "barred", "clean"))
+        if (
+            not isinstance(state["weights"], list)
+            or type(state["barred"]) is not bool
+            or type(state["clean"]) is not int
+        ):
+            raise ValueError(f"stored Audited: expected numbers, a truth value and a count, got {dict(state)!r}")
+        weights = tuple(_number(cls.__name__, "weights", w) for w in state["weights"])
+        return cls(weights, state["barred"], state["clean"])
+
+
+Verdicts = Literal["", "benign", "malicious"]
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Safe-FedLLM's published evidence state, its permanent verdicts included; used by the faithful path only.
+
+    `verdict` "" collects `rounds` of (weight, judged malicious); a frozen "benign" keeps `weight` and counts its
+    rounds `since` the last audit.
+    """
+
+    verdict: Verdicts = ""
+    weight: float = 0.0
+    since: int = 0
+    rounds: tuple[tuple[float, bool], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.verdict not in ("", "benign", "malicious"):
+            raise ValueError(f"a frozen verdict is benign, malicious or none yet, got {self.verdict!r}")
+        if not all(0 <= w <= 1 for w in (self.weight, *(w for w, _ in self.rounds))) or self.since < 0:
+            raise ValueError(f"frozen weights must lie in [0, 1] and rounds be counted from 0, got {self}")
+
+    def to_json(self) -> dict[str, Any]:
+        rounds = [[w, bad] for w, bad in self.rounds]
+        return {"verdict": self.verdict, "weight": self.weight, "since": self.since, "rounds": rounds}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Self:
+        _check_keys(cls.__name__, state, ("verdict", "weight", "since", "rounds"))
+        rounds = state["rounds"]
+        if (
+            not isinstance(rounds, list)
+            or not all(isinstance(r, list) and len(r) == 2 and type(r[1]) is bool for r in rounds)
+            or type(state["since"]) is not int
+        ):
+            raise ValueError(f"stored Frozen: expected a count and rounds of weight and verdict, got {dict(state)!r}")
+        kept = tuple((_number(cls.__name__, "rounds", w), bool(bad)) for w, bad in rounds)
+        return cls(state["verdict"], _number(cls.__name__, "weight", state["weight"]), state["since"], kept)
 
 
 def _check_keys(kind: str, state: Mapping[str, Any], keys: tuple[str, ...]) -> None:

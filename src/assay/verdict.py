@@ -50,6 +50,7 @@ class Reason(StrEnum):
     LOW_TRUST = "low_trust"
     CLAIM_MISSING = "claim_missing"
     CLAIM_INCONSISTENT = "claim_inconsistent"
+    SPECTRAL = "spectral"
     # screens of the swarm
     WRONG_PROMPT = "wrong_prompt"
     UNREADABLE = "unreadable"

@@ -7,9 +7,10 @@ from typing import Any
 
 from assay import run_dir
 from assay.config import Experiment
+from assay.federated.defence import level_name
 
 DEMO_LEVELS = ("submitted", "step")
-ALL_LEVELS = ("submitted", "step", "client", "shadow")
+ALL_LEVELS = ("submitted", "step", "client", "shadow", "evidence", "spectral")
 
 
 def variants(base: Experiment, levels: Iterable[str] = DEMO_LEVELS, suffix: str = "") -> list[Experiment]:
@@ -33,7 +34,7 @@ def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
     honest = experiment.clients.malicious == 0
     return {
         "attack": "none" if honest else experiment.attack.name,
-        "defence": experiment.defence.level,
+        "defence": f"{level_name(experiment)}{' (as published)' if experiment.defence.faithful else ''}",
         "share": experiment.clients.malicious,
         "seed": experiment.seed,
         "aggregator": experiment.aggregation.name,

@@ -15,6 +15,7 @@ from assay import __version__
 from assay.cli.bench import bench_app
 from assay.cli.calibrate import calibrate
 from assay.cli.common import DataRoot, Json, Set, experiment, print_table, run_all, runs_in, show, write_report
+from assay.cli.excise import excise
 from assay.cli.files import ledger_app, model_app
 from assay.cli.probe import probe_app
 from assay.config import AnyExperiment, ConfigError
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(calibrate)
+app.command()(excise)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(probe_app, name="probe")

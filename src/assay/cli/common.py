@@ -157,5 +157,6 @@ def print_table(summaries: Sequence[Mapping[str, Any]]) -> None:
         for summary in rows:
             values = [summary["metrics"].get(key) for key in columns.values()]
             cells = ["-" if v is None else f"{v:.1f}" if v > 3 else f"{v:.3f}" for v in values]
-            table.add_row(summary["name"], *cells, f"{summary['seconds']['total']:.0f}")
+            name = summary["name"] + (" (as published)" if summary.get("faithful") else "")
+            table.add_row(name, *cells, f"{summary['seconds']['total']:.0f}")
         Console().print(table)

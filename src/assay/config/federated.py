@@ -6,7 +6,7 @@ which a 2-core machine shows the attack and the defence in minutes; the papers' 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -124,21 +124,60 @@ class RehearsalConfig(Frozen):
     """Threshold = benign max + margin x (benign max - benign median)."""
 
 
-class DefenceConfig(Frozen):
-    """`submitted` is Assay's default; `step`, `client`, `shadow` are the paper's; `none` records and trusts."""
+class ClaimsConfig(Frozen):
+    """How client-sent evidence (steps, shadow branches) is held against the training that was ordered; claims.py."""
 
-    level: Literal["none", "submitted", "step", "client", "shadow"] = "submitted"
+    optimizer: Literal["adamw", "any"] = "adamw"
+    """`adamw`: clients train with AdamW, fresh each round, no weight decay: each step of a coordinate is bounded by the
+    rate. `any`: no such bound, for clients that train in another way."""
+    slack: Annotated[float, Field(ge=0.0)] = 0.05
+    """Share by which a coordinate may pass AdamW's bound (honest: at most 0.004, rounding)."""
+    first_step: Share = 0.5
+    """Least share of moved coordinates that step 1 moves by the rate itself (honest: 0.97 and more)."""
+    turn: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0
+    """Least cosine between consecutive steps (honest: 0.33 and more; AdamW's momentum)."""
+
+
+class EvidenceConfig(Frozen):
+    """Assay's evidence level (published: 3 rounds that agree, then an audit every 5th round, both known to clients)."""
+
+    agree: Count = 3
+    """Clean audits in a row after which a client is trusted and audited by chance only."""
+    audit: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of a trusted client's rounds that are audited. A sleeper gets (1 - audit) / audit bad rounds in on average
+    before it is caught; 1 looks at every round."""
+    readmit: Count = 3
+    """Clean rounds in a row after which a client that failed an audit counts again."""
+    seed: int | None = None
+    """Secret of the audit draw. None: drawn from the run's seed (simulation). In a real run set it and keep it secret."""
+
+
+class DefenceConfig(Frozen):
+    """`submitted` is Assay's default; `step`, `client`, `shadow`, `evidence` are the paper's with their holes closed;
+    `spectral` needs no labelled data and is weak; `none` records and trusts. `screens` overrides the level."""
+
+    level: Literal["none", "submitted", "step", "client", "shadow", "evidence", "spectral"] = "submitted"
+    screens: tuple[str, ...] | None = None
+    """Screens by name in this order, and `gate` for the gate on the aggregate; None = those of the level."""
+    params: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Parameters of single screens: `[defence.params.norm]` with `clip = 1.3`; errors name the known ones."""
+    faithful: bool = False
+    """The paper's level as its published code runs it, holes included (federated/published.py): for comparison only,
+    and marked as such in every record and report."""
     monitor: tuple[str, ...] = ()
     probe: str | None = None
-    """Probe file for step, client, shadow; None = one for this model and data, fitted once and cached."""
+    """Probe file for step, client, shadow, evidence; None = one for this model and data, fitted once and cached."""
     threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     score_rounds: Count | None = None
     """Paper: step and client score the first 20 rounds only; None = every round."""
     min_mean_weight: Share = 0.2
-    """Paper: below it the round is skipped. `submitted` has the gate on the aggregate instead and ignores it."""
+    """Paper: below it the round is skipped. Read with the paper's screens; with the gate on the aggregate it is
+    ignored, for a malicious majority at weight 0 must not stop the training."""
     norm_clip: Annotated[float, Field(ge=1.0)] = 1.15
     norm_refuse: Annotated[float, Field(ge=1.0)] = 1.5
     neighbours: Count = 5
+    claims: ClaimsConfig = ClaimsConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
     canary: CanaryConfig = CanaryConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
 
@@ -195,6 +234,11 @@ class Experiment(Root):
     wing: Literal["federated"] = "federated"
     workers: Count | None = None
     """Processes that train clients; None = one per core. Never changes a result."""
+    keep_updates: bool = True
+    """Keep every accepted update under the run's `updates/`, so that `assay excise` can remove a client afterwards.
+    Costs rounds x clients x adapter (1.8 MB for SmolLM2-135M at r 8, 14 MB for Llama-3.1-8B)."""
+    keep_updates_gb: Positive = 10.0
+    """Most that `keep_updates` may need, in 10^9 bytes; a run that could need more does not start."""
     model: ModelConfig = ModelConfig()
     lora: LoraSettings = LoraSettings()
     data: DataConfig = DataConfig()
@@ -215,6 +259,8 @@ class Experiment(Root):
                 "training.scaffold needs training.optimizer = 'sgd' (and a rate for it): a control variate is a mean "
                 "gradient, which the steps of AdamW do not show"
             )
+        if self.defence.screens == ():
+            raise ValueError("defence.screens = [] is no defence; for one that only records use defence.level = none")
         if self.clients.examples < self.training.batch_size:
             raise ValueError(
                 f"clients.examples = {self.clients.examples} is less than one batch of {self.training.batch_size}"

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save as save_safetensors
 
 from assay import checkpoint, run_dir, wire
 from assay.config import Experiment
 from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256, unflatten
 from assay.engines import journal
 from assay.engines.pool import Pool
-from assay.federated import aggregators, scaffold, server_opt
+from assay.federated import aggregators, defence, scaffold, server_opt, store
 from assay.federated.compute import Compute, TrainJob
-from assay.federated.defence import Defence, make
+from assay.federated.defence import Defence
 from assay.federated.evaluate import Panel, Scores, evaluate, make_panel
 from assay.federated.local_sft import LocalResult
+from assay.federated.lora import write_peft
 from assay.federated.population import Client, Sources, load_sources, make_attack, make_clients, sampled, seed_of
 from assay.federated.preparation import Prepared, client_settings, controls_rule, material, prepare
 from assay.federated.round import Outcome, ServerState, run_round
@@ -90,14 +90,14 @@ def units(experiment: Experiment) -> float:
     """Rough seconds of one core a run takes, for progress bars."""
     training, evaluation = experiment.training, experiment.evaluate
     rounds, clients = training.rounds, experiment.clients.per_round
-    each = _train_units(experiment) + (0.7 if experiment.defence.level == "submitted" else 0)
+    each = _train_units(experiment) + (0.7 if defence.reads_model(experiment) else 0)
     evaluations = 2 + (rounds - 1) // evaluation.every
     return rounds * clients * each + evaluations * _evaluate_units(experiment)
 
 
 def _train_units(experiment: Experiment) -> float:
     training = experiment.training
-    branches = 2 if experiment.defence.level == "shadow" else 1
+    branches = 2 if defence.wants_shadow(experiment) else 1
     return TRAIN_UNITS * training.steps * branches * training.batch_size * training.max_length / (8 * 48)
 
 
@@ -120,6 +120,7 @@ def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id
     panel = make_panel(experiment, sources)
     initial = compute.initial()
     aggregate = aggregators.from_config(experiment.aggregation, initial)  # a mistake in it must not wait for round 1
+    store.check_room(experiment, initial)
     stuff = material(experiment, prepared, compute, sources, initial, tracker)
     return Setup(
         experiment=experiment,
@@ -128,7 +129,7 @@ def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id
         sources=sources,
         clients=clients,
         panel=panel,
-        defence=make(experiment, stuff),
+        defence=defence.make(experiment, stuff),
         aggregate=aggregate,
         run_id=run_id,
         initial=initial,
@@ -160,8 +161,11 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
             "base_sha256": setup.prepared.base_sha256,
             "model": tensors_sha256(state.adapter),
             "defence": setup.defence.summary(),
+            "faithful": setup.defence.faithful,
             "aggregator": experiment.aggregation.name,
         }
+        if experiment.keep_updates:
+            store.put(directory / store.UPDATES, state.adapter)
         _save(directory, state, body, row)
         return state, [row]
     state = ServerState(
@@ -191,6 +195,8 @@ def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerStat
     merge, batch, rule = experiment.aggregation, experiment.training.batch_size, controls_rule(experiment, index)
     state, outcome = run_round(state, updates, refused, setup.defence, setup.aggregate, opt, merge, batch, rule)
     seconds.update(outcome.seconds)
+    if experiment.keep_updates and outcome.result in store.KEPT:
+        store.put_accepted(directory / store.UPDATES, updates, outcome.screened.weight)
     if setup.defence.gate is not None:
         setup.tracker.tick(0.7 * experiment.clients.per_round)
     scores: Scores | None = None
@@ -281,32 +287,15 @@ def _finish(
     setup: Setup, state: ServerState, directory: Path, rows: Sequence[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     """The final adapter in PEFT format, the closing ledger entry and, last of all, the summary."""
-    write_peft(directory / run_dir.ADAPTER, state.adapter, setup)
+    lora, base = setup.experiment.lora, str(setup.prepared.path)
+    write_peft(directory / run_dir.ADAPTER, state.adapter, lora, base)
     truth = {c.name: c.malicious for c in setup.clients}
     summary = summarise(setup.experiment, directory, list(rows), truth, setup.prepared, command)
     summary["ledger"] = journal.close(directory, setup.experiment.training.rounds, tensors_sha256(state.adapter))
     summary["defence"] = setup.defence.summary()
+    summary["updates"] = store.size(directory / store.UPDATES)
     checkpoint.write_json(directory / run_dir.SUMMARY, summary)
     return summary
-
-
-def write_peft(folder: Path, adapter: Tensors, setup: Setup) -> None:
-    """`PeftModel.from_pretrained(base, folder)` loads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lora = setup.experiment.lora
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(setup.prepared.path),
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": list(lora.targets),
-        "inference_mode": True,
-    }
-    checkpoint.write_atomic(folder / "adapter_model.safetensors", save_safetensors(dict(adapter)))
-    checkpoint.write_json(folder / "adapter_config.json", config)
 
 
 def _ticker(setup: Setup, units_each: float) -> Any:

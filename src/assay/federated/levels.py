@@ -1,19 +1,17 @@
-"""Safe-FedLLM's defence levels as pure functions on probe scores, and what can be bound of a client's claims.
+"""Safe-FedLLM's defence levels as pure functions on probe scores.
 
 Source of the formulas: arXiv 2601.07177 (ACL 2026), defence levels. A *level* turns this round's scores into a trust
-weight in [0, 1]. Scores and counts come from the server's own probe; steps are a client's claims, and the functions
-at the end of this file hold them against the submitted adapter. Numbers out of range raise ValueError: they are the
-caller's mistake, never a peer's. Malformed claims of a peer never raise.
+weight in [0, 1]. Scores and counts come from the server's own probe; steps are a client's claims (claims.py holds them
+against the submission). Numbers out of range raise ValueError: they are the caller's mistake, never a peer's.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
 
-import numpy as np
-
-from assay.contribution import LoraUpdate, Tensors
-from assay.trust import Beta, RunningMean
+from assay.trust import Audited, Beta, Frozen, RunningMean
 
 
 def step_level(trust: Beta, malicious_steps: int, steps: int, batch_size: int) -> tuple[Beta, float]:
@@ -77,6 +75,80 @@ def shadow_level(malicious_steps: int, steps: int, power: float = 7.0) -> float:
     return float((1.0 - malicious_steps / steps) ** power)
 
 
+def evidence_level(
+    trust: Audited, weight: float, clean: bool, *, audited: bool, agree: int = 3, readmit: int = 3
+) -> tuple[Audited, float]:
+    """Assay's Evidence-Level: trust is earned by audits, spent by one bad audit, and never for ever.
+
+    `weight` and `clean` are what this round's evidence says, `audited` whether the server looked. A client that has
+    not passed `agree` audits is looked at in every round and gets that round's own weight. A trusted one that is not
+    looked at gets the mean of its last `agree` weights. One that is looked at gets this round's weight and nothing of
+    its past (memoryless: a sleeper is caught in its first audited bad round). A bad audit gives 0 and takes trust and
+    weights away; the client then stays at 0 and under audit until `readmit` clean rounds in a row.
+
+    >>> fresh = Audited()
+    >>> fresh, w = evidence_level(fresh, 0.9, True, audited=True); w
+    0.9
+    >>> evidence_level(fresh, 0.9, False, audited=True)
+    (Audited(weights=(), barred=True, clean=0), 0.0)
+    """
+    _check_weight(weight)
+    if not audited:
+        if not trust.trusted(agree):
+            raise ValueError("a client that is not trusted yet must be audited")
+        return trust, trust.mean
+    if not clean:
+        return Audited(barred=True), 0.0
+    if trust.barred:
+        if trust.clean + 1 < readmit:
+            return Audited(barred=True, clean=trust.clean + 1), 0.0
+        return Audited(), weight
+    return Audited(weights=(*trust.weights, weight)[-agree:]), weight
+
+
+def audited(secret: str, participant: str, round: int, share: float) -> bool:
+    """Whether the server looks at a trusted client in this round: a draw from a secret of the run.
+
+    HMAC-SHA256 of (participant, round) under `secret` as a number in [0, 1), below `share`. Drawn after the message is
+    in, the same on resume, and without the secret no better to guess than a coin.
+
+    >>> [audited("s", "a", r, 0.5) for r in range(6)] == [audited("s", "a", r, 0.5) for r in range(6)]
+    True
+    >>> audited("s", "a", 1, 1.0), audited("s", "a", 1, 0.0)
+    (True, False)
+    """
+    digest = hmac.new(secret.encode(), f"{round}/{participant}".encode(), hashlib.sha256).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def published_evidence_level(
+    trust: Frozen, weight: float, malicious: bool, *, agree: int = 3, audit_every: int = 5
+) -> tuple[Frozen, float]:
+    """Evidence-Level as in Safe-FedLLM's published code, holes included; only `published.py` uses it.
+
+    `weight` is the shadow weight of the round, `malicious` the verdict on the last shadow step. Rounds are collected;
+    `agree` in a row of one verdict freeze it: malicious is 0 for good, benign the mean of their weights; `agree` that
+    differ are thrown away. A benign client is looked at in every `audit_every`-th of its rounds only, which it can
+    count; a failed audit gives 0 and starts again from nothing.
+    """
+    _check_weight(weight)
+    if trust.verdict == "malicious":
+        return trust, 0.0
+    if trust.verdict == "benign":
+        if trust.since + 1 < audit_every:
+            return Frozen(trust.verdict, trust.weight, trust.since + 1), trust.weight
+        return (Frozen(), 0.0) if malicious else (Frozen("benign", trust.weight), trust.weight)
+    rounds = (*trust.rounds, (weight, malicious))
+    if len(rounds) < agree:
+        return Frozen(rounds=rounds), weight
+    if all(bad for _, bad in rounds):
+        return Frozen("malicious"), 0.0
+    if not any(bad for _, bad in rounds):
+        mean = sum(w for w, _ in rounds) / len(rounds)
+        return Frozen("benign", mean), mean
+    return Frozen(), weight
+
+
 def skip_round(mean_weight: float, minimum: float = 0.2) -> bool:
     """Whether to keep the global adapter as it is: the clients' mean weight is below `minimum` (paper: 0.2).
 
@@ -85,86 +157,15 @@ def skip_round(mean_weight: float, minimum: float = 0.2) -> bool:
     return not mean_weight >= minimum
 
 
-# --- what can be bound of a claim ---------------------------------------------------------------------------------
-
-
-def last_step_matches(update: LoraUpdate, tolerance: float = 0.0) -> bool:
-    """Whether the last claimed step is the submitted adapter: same names and shapes, values within `tolerance`.
-
-    Exact by default: both are copies of the same float32 numbers, so any difference means that the evidence speaks
-    of another adapter than the one that would be aggregated. No steps, NaN or infinity: False.
-    """
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance must be finite and not negative, got {tolerance}")
-    if not update.steps or _unlike(update.steps[-1], update.tensors):
-        return False
-    last = update.steps[-1]
-    for name, value in update.tensors.items():
-        claimed, sent = np.asarray(last[name]), np.asarray(value)
-        if not (np.isfinite(claimed).all() and np.isfinite(sent).all()):
-            return False
-        if tolerance == 0:  # no float64 copies where equality is the question
-            if not np.array_equal(claimed, sent):
-                return False
-        elif claimed.size and np.abs(claimed.astype(np.float64) - sent).max() > tolerance:
-            return False
-    return True
-
-
-def plausible_chain(update: LoraUpdate, start: Tensors, max_step_norm: float | None, steps: int) -> str:
-    """Why the claimed steps cannot be the local training that was ordered; "" if nothing speaks against them.
-
-    Checked: exactly `steps` of them; names and shapes of `start`; finite; every step moves; no step is longer (L2 norm
-    over the whole adapter, float64) than `max_step_norm` (None: no bound). The bound belongs to model, learning rate
-    and clipping: take the rehearsed benign maximum with a margin; too small refuses honest clients, too large lets
-    one jump carry the whole poison. A plausible chain is not a true one: whoever knows the probe can make one up.
-    """
-    if max_step_norm is not None and not max_step_norm > 0:
-        raise ValueError(f"max_step_norm must be positive, got {max_step_norm}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if len(update.steps) != steps:  # first, so that nobody makes the server walk a million steps
-        return f"{len(update.steps)} steps claimed, expected {steps}"
-    before = start
-    for number, step in enumerate(update.steps, 1):
-        unlike = _unlike(step, start)
-        if unlike:
-            return f"step {number}: {unlike}"
-        norm = _distance(step, before)
-        if not math.isfinite(norm):
-            return f"step {number} is not finite"
-        if norm == 0:
-            return f"step {number} does not move"
-        if max_step_norm is not None and norm > max_step_norm:
-            return f"step {number} moves by {norm:.3g}, more than {max_step_norm:.3g}"
-        before = step
-    return ""
-
-
 def _check_steps(malicious_steps: int, steps: int) -> None:
     if not (steps >= 1 and 0 <= malicious_steps <= steps):
         raise ValueError(f"{malicious_steps} malicious of {steps} steps: needs 0 <= malicious <= steps and a step")
 
 
+def _check_weight(weight: float) -> None:
+    if not 0 <= weight <= 1:  # also refuses NaN
+        raise ValueError(f"weight must lie in [0, 1], got {weight}")
+
+
 def _sigmoid(x: float) -> float:
     return 0.5 + 0.5 * math.tanh(0.5 * x)  # equal to 1 / (1 + exp(-x)), but exp would overflow for a large k
-
-
-def _unlike(tensors: Tensors, like: Tensors) -> str:
-    """Why names or shapes differ from those of `like`; "" if they are the same."""
-    if set(tensors) != set(like):
-        return "tensor names differ from the adapter's"
-    for name in sorted(like):
-        found, wanted = np.shape(tensors[name]), np.shape(like[name])
-        if found != wanted:
-            return f"{name} has shape {found}, expected {wanted}"
-    return ""
-
-
-def _distance(a: Tensors, b: Tensors) -> float:
-    """L2 norm of a - b over all tensors; float64, because float32 squares of 1e20 are infinite."""
-    total = 0.0
-    for name in a:
-        difference = np.asarray(a[name], np.float64).ravel() - np.asarray(b[name], np.float64).ravel()
-        total += float(difference @ difference)
-    return math.sqrt(total)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.numpy import save as save_safetensors
 
+from assay import checkpoint
 from assay.config import ConfigError, LoraSettings
 from assay.contribution import Template, Tensors
 from assay.models import Base
@@ -73,6 +76,23 @@ class Carrier:
     def template(self, round: int) -> Template:
         shapes = {name: tuple(value.shape) for name, value in self.get().items()}
         return Template(shapes=shapes, base_sha256=self.base.sha256, round=round)
+
+
+def write_peft(folder: Path, adapter: Tensors, settings: LoraSettings, base: str) -> None:
+    """An adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)` loads it."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.r,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(settings.targets),
+        "inference_mode": True,
+    }
+    checkpoint.write_atomic(folder / "adapter_model.safetensors", save_safetensors(dict(adapter)))
+    checkpoint.write_json(folder / "adapter_config.json", config)
 
 
 def layer_of(name: str) -> int:

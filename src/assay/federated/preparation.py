@@ -23,7 +23,7 @@ from assay.federated.local_sft import LocalSettings
 from assay.federated.population import Sources, load_sources
 from assay.federated.probe import Probe
 from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse
-from assay.federated.warmup import Aligned, WarmupSettings, aligned, rows_for
+from assay.federated.warmup import Aligned, WarmupSettings, aligned, places, rows_for
 from assay.progress import Tracker
 
 RECIPE = 3  # raise when collect, rehearsal or features change: part of every cache key
@@ -66,6 +66,19 @@ def align(experiment: Experiment, tracker: Tracker) -> Aligned:
     settings = warmup_settings(experiment)
     rows = rows_for(sources.benign, sources.refusals, settings)
     return aligned(experiment.model.name, rows, experiment.model.template, settings, tracker)
+
+
+def at_hand(experiment: Experiment) -> bool:
+    """Whether `prepare` finds its base on this machine, with nothing to fetch and nothing to train."""
+    name = experiment.model.name
+    if not (models.is_cached(name) or Path(name).is_dir()):
+        return False
+    if not experiment.model.align:
+        return True
+    sources, settings = load_sources(experiment), warmup_settings(experiment)
+    rows = rows_for(sources.benign, sources.refusals, settings)
+    _, target, shipped = places(name, models.resolve(name), rows, experiment.model.template, settings)
+    return target.exists() or shipped.exists()
 
 
 def warmup_settings(experiment: Experiment) -> WarmupSettings:

@@ -129,7 +129,10 @@ def run_round(
         result, why = "skipped", "no contribution was admitted"
     else:
         try:
-            delta_D, remembered, truncation = _merge(round, weight_N, aggregate, aggregation, state.memory)
+            sent, names = [u.tensors for u in round.updates], [u.participant for u in round.updates]
+            delta_D, remembered, truncation = merge(
+                sent, names, round.start, weight_N, aggregate, aggregation, state.memory
+            )
             varied = _controls(round, weight_N, state.controls, controls_rule, aggregate)
             params_D, opt_state = opt.update(delta_D, state.opt, flatten(state.adapter))
             after, memory, controls = unflatten(params_D, state.adapter), remembered, varied
@@ -177,24 +180,35 @@ def _controls(
     return scaffold.update(controls, names, round.deltas(), weight_N, rule, aggregate, absent)
 
 
-def _merge(
-    round: Round,
+def merge(
+    updates: Sequence[Tensors],
+    names: Sequence[str],
+    start: Tensors,
     weight_N: NDArray[np.float64],
     aggregate: Aggregator,
     aggregation: AggregationConfig,
     memory: Memory,
 ) -> tuple[NDArray[np.float32], Memory, Truncation | None]:
-    """The round's updates as one delta, factor-wise by the aggregator, or exactly as products."""
+    """Adapters as one delta on `start`, factor-wise by the aggregator, or exactly as products.
+
+    `names` are whose updates they are, for aggregators that remember. Raises the aggregator's ToleranceError.
+    """
     if aggregation.average == "product":
-        adapter, truncation = average_products([u.tensors for u in round.updates], weight_N)
-        return flatten(adapter) - flatten(round.start), memory, truncation
-    delta_D, memory = step(aggregate, round.deltas(), weight_N, [u.participant for u in round.updates], memory)
+        adapter, truncation = average_products(updates, weight_N)
+        return flatten(adapter) - flatten(start), memory, truncation
+    start_D = flatten(start)
+    delta_ND = np.stack([flatten(tensors) - start_D for tensors in updates])
+    delta_D, memory = step(aggregate, delta_ND, weight_N, names, memory)
     return delta_D, memory, None
 
 
 def effective_weights(round: Round, screened: Screened, aggregation: AggregationConfig) -> NDArray[np.float64]:
     """weight_N of the round's updates; claimed counts only where the operator asks for them, and capped."""
-    weight_N = np.array([screened.weight[u.participant] for u in round.updates])
-    if aggregation.use_counts:
-        weight_N = weight_N * np.array([min(u.num_examples, aggregation.max_count) for u in round.updates])
-    return weight_N
+    return np.array(
+        [claimed_weight(screened.weight[u.participant], u.num_examples, aggregation) for u in round.updates]
+    )
+
+
+def claimed_weight(weight: float, num_examples: int, aggregation: AggregationConfig) -> float:
+    """One contribution's weight in the aggregate."""
+    return weight * min(num_examples, aggregation.max_count) if aggregation.use_counts else weight

@@ -1,7 +1,8 @@
 """Screens of the federated wing: what is wrong with an update that has already passed the wire.
 
 Each takes a round and returns one verdict per update (verdict.py). Nothing here trains or generates: the canary,
-which needs the model, has its own module. `make` builds one by name.
+which needs the model, has its own module, as have the paper's levels (level_screens.py) and the unlabelled statistics
+(spectral.py). `make` builds one by name.
 Legend: N updates, M bank rows, D values.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import numpy as np
@@ -17,27 +18,12 @@ from numpy.typing import NDArray
 
 from assay.config import ConfigError
 from assay.contribution import LoraUpdate, Round
-from assay.federated import levels
+from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
 from assay.federated.lora import unit_rows
 from assay.federated.probe import Probe, feature_deltas
-from assay.trust import Beta, RunningMean
+from assay.federated.say import say
+from assay.federated.spectral import Spectral
 from assay.verdict import Reason, Screen, State, Verdict
-
-
-def _say(
-    update: LoraUpdate, screen: str, weight: float, reason: Reason, sentence: str = "", score: float = np.nan, **evidence: float
-) -> Verdict:  # fmt: skip
-    fine = weight == 1.0
-    return Verdict(
-        participant=update.participant,
-        contribution=update.sha256,
-        screen=screen,
-        weight=weight,
-        reason=Reason.OK if fine else reason,
-        sentence="" if fine else sentence,
-        score=float(score),
-        evidence={k: float(v) for k, v in evidence.items()},
-    )
 
 
 class Structure:
@@ -46,7 +32,7 @@ class Structure:
     name = "structure"
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        return [_say(u, self.name, *self._judge(u, round)) for u in round.updates], state
+        return [say(u, self.name, *self._judge(u, round)) for u in round.updates], state
 
     def _judge(self, update: LoraUpdate, round: Round) -> tuple[float, Reason, str]:
         if set(update.tensors) != set(round.start):
@@ -66,23 +52,30 @@ class Norm:
     """Norm of the update against the largest rehearsed honest norm of that round.
 
     Up to `clip` x the limit: weight 1; up to `refuse` x: weight limit/norm, which is clipping in the weighted sum;
-    above: weight 0. Honest clients lie within 0.90-1.10 of each other; 1.15 costs them nothing.
+    above: weight 0. Honest clients lie within 0.90-1.10 of each other; 1.15 costs them nothing. Without a rehearsal
+    (`limit_of_round` None) the limit is the median norm of the round, which a malicious majority moves.
     """
 
-    limit_of_round: Callable[[int], float]
+    limit_of_round: Callable[[int], float] | None
     clip: float = 1.15
     refuse: float = 1.5
     name: str = "norm"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.clip <= self.refuse:
+            raise ValueError(f"clip must be positive and not above refuse, got {self.clip} and {self.refuse}")
+
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        limit = self.limit_of_round(round.index)
         norm_N = np.linalg.norm(round.deltas().astype(np.float64), axis=1)
+        known = self.limit_of_round is not None
+        limit = self.limit_of_round(round.index) if self.limit_of_round is not None else float(np.median(norm_N))
         out = []
         for update, norm in zip(round.updates, norm_N):
             ratio = norm / limit
             weight = 1.0 if ratio <= self.clip else 0.0 if ratio > self.refuse else self.clip / ratio
-            sentence = f"update norm is {ratio:.2f} x the largest rehearsed honest norm"
-            out.append(_say(update, self.name, weight, Reason.NORM, sentence, ratio, norm=norm, ratio=ratio))
+            against = "the largest rehearsed honest norm" if known else "the median norm of the round"
+            sentence = f"update norm is {ratio:.2f} x {against}"
+            out.append(say(update, self.name, weight, Reason.NORM, sentence, ratio, norm=norm, ratio=ratio))
         return out, state
 
 
@@ -97,11 +90,15 @@ class Duplicate:
     cosine: float = 0.9995
     name: str = "duplicate"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.cosine <= 1:
+            raise ValueError(f"cosine must be in (0, 1], got {self.cosine}")
+
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         unit_ND = unit_rows(round.deltas())
         copies_N = ((unit_ND @ unit_ND.T) >= self.cosine).sum(axis=1).clip(min=1)
         return [
-            _say(u, self.name, 1.0 / int(c), Reason.DUPLICATE, f"{c} updates are copies of each other", c - 1, copies=c)
+            say(u, self.name, 1.0 / int(c), Reason.DUPLICATE, f"{c} updates are copies of each other", c - 1, copies=c)
             for u, c in zip(round.updates, copies_N)
         ], state
 
@@ -125,7 +122,7 @@ class ProbeFilter:
                 f"probe logit {logit:.2f} is above {self.limit:.2f}, the most that honest rehearsal clients explain"
             )
             weight = float(logit <= self.limit)
-            out.append(_say(update, self.name, weight, Reason.PROBE, sentence, logit - self.limit, logit=logit))
+            out.append(say(update, self.name, weight, Reason.PROBE, sentence, logit - self.limit, logit=logit))
         return out, state
 
 
@@ -142,13 +139,17 @@ class Neighbours:
     k: int = 5
     name: str = "neighbours"
 
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         x_ND = feature_deltas([u.tensors for u in round.updates], round.start, "all_b")
         out = []
         for update, ratio in zip(round.updates, neighbour_ratio(x_ND, self.bank_MD, self.malicious_M, self.k)):
             sentence = f"{ratio:.3f} x as far from benign as from malicious updates (limit {self.limit:.3f})"
             weight = float(ratio <= self.limit)
-            out.append(_say(update, self.name, weight, Reason.NEIGHBOURS, sentence, ratio - self.limit, ratio=ratio))
+            out.append(say(update, self.name, weight, Reason.NEIGHBOURS, sentence, ratio - self.limit, ratio=ratio))
         return out, state
 
 
@@ -163,101 +164,6 @@ def neighbour_ratio(
     return ratio_N
 
 
-def _claim_problem(update: LoraUpdate, round: Round, steps: int) -> tuple[Reason, str] | None:
-    """Why the claimed chain of local steps cannot be believed; None if nothing speaks against it."""
-    if not update.steps:
-        return Reason.CLAIM_MISSING, "no step updates came with the adapter"
-    if not levels.last_step_matches(update):
-        return Reason.CLAIM_INCONSISTENT, "the last claimed step is not the submitted adapter"
-    why = levels.plausible_chain(update, round.start, None, steps)
-    return (Reason.CLAIM_INCONSISTENT, why) if why else None
-
-
-@dataclass(frozen=True, slots=True)
-class StepLevel:
-    """Safe-FedLLM Step-Level: every local step is scored; Beta trust is the weight.
-
-    Steps are the client's claims, bound where they can be: the last must equal the submission. `score_rounds`:
-    after that round the last weight is kept (paper: 20; None = always score).
-    """
-
-    probe: Probe
-    steps: int
-    threshold: float = 0.8
-    score_rounds: int | None = None
-    name: str = "step"
-
-    def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        new, out = dict(state), []
-        for update in round.updates:
-            trust = Beta.from_json(state[update.participant]) if update.participant in state else Beta()
-            problem = _claim_problem(update, round, self.steps)
-            if problem:
-                out.append(_say(update, self.name, 0.0, *problem))
-                continue
-            if self.score_rounds is not None and round.index > self.score_rounds:
-                weight, score = trust.weight, np.nan
-                bad = -1
-            else:
-                score_K = self.probe.score_adapters(update.steps, round.start)
-                bad, score = int((score_K >= self.threshold).sum()), float(score_K.max())
-                trust, weight = levels.step_level(trust, bad, len(update.steps), round.batch_size)
-                new[update.participant] = trust.to_json()
-            sentence = f"{bad} of {len(update.steps)} steps judged malicious; trust {weight:.2f}"
-            out.append(_say(update, self.name, weight, Reason.LOW_TRUST, sentence, score, malicious_steps=bad))
-        return out, new
-
-
-@dataclass(frozen=True, slots=True)
-class ClientLevel:
-    """Safe-FedLLM Client-Level: the submitted update is scored; the weight is a running mean of 1 - t."""
-
-    probe: Probe
-    threshold: float = 0.8
-    score_rounds: int | None = None
-    name: str = "client"
-
-    def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        new, out = dict(state), []
-        score_N = self.probe.score_adapters([u.tensors for u in round.updates], round.start)
-        for update, score in zip(round.updates, score_N):
-            trust = RunningMean.from_json(state[update.participant]) if update.participant in state else RunningMean()
-            weight = trust.value
-            if self.score_rounds is None or round.index <= self.score_rounds:
-                trust, weight = levels.client_level(trust, float(score), self.threshold)
-                new[update.participant] = trust.to_json()
-            sentence = f"probe score {score:.2f}; trust {weight:.2f}"
-            out.append(_say(update, self.name, weight, Reason.LOW_TRUST, sentence, score))
-        return out, new
-
-
-@dataclass(frozen=True, slots=True)
-class ShadowLevel:
-    """Safe-FedLLM Shadow-Level: a branch that restarts from the initial adapter each round is scored; w = (1-r)^7.
-
-    Nothing binds a shadow branch to the submission: a client can send a clean one beside a poisoned adapter.
-    """
-
-    probe: Probe
-    steps: int
-    threshold: float = 0.8
-    name: str = "shadow"
-
-    def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        out = []
-        for update in round.updates:
-            if len(update.shadow) != self.steps:
-                sentence = f"{len(update.shadow)} shadow steps came with the adapter, expected {self.steps}"
-                out.append(_say(update, self.name, 0.0, Reason.CLAIM_MISSING, sentence))
-                continue
-            score_K = self.probe.score_adapters(update.shadow, round.initial)
-            bad = int((score_K >= self.threshold).sum())
-            weight = levels.shadow_level(bad, self.steps)
-            sentence = f"{bad} of {self.steps} shadow steps judged malicious"
-            out.append(_say(update, self.name, weight, Reason.LOW_TRUST, sentence, float(score_K.max())))
-        return out, state
-
-
 SCREENS: Mapping[str, Callable[..., Screen]] = {
     "structure": Structure,
     "norm": Norm,
@@ -267,15 +173,33 @@ SCREENS: Mapping[str, Callable[..., Screen]] = {
     "step": StepLevel,
     "client": ClientLevel,
     "shadow": ShadowLevel,
+    "evidence": EvidenceLevel,
+    "spectral": Spectral,
 }
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group="assay.screens")}
+
+
+def names() -> list[str]:
+    """Every screen `make` knows: Assay's own and those of other packages."""
+    return [*SCREENS, *_plugins()]
+
+
+def known(name: str) -> bool:
+    return name in SCREENS or name in _plugins()
 
 
 def make(name: str, **params: Any) -> Screen:
     """A screen by name; third parties add theirs under the entry-point group `assay.screens`."""
     found = SCREENS.get(name)
     if found is None:
-        plugins = {e.name: e for e in entry_points(group="assay.screens")}
+        plugins = _plugins()
         if name not in plugins:
-            raise ConfigError(f"unknown screen {name!r}; known: {', '.join([*SCREENS, *plugins])}")
+            raise ConfigError(f"unknown screen {name!r}; known: {', '.join(names())}")
         found = plugins[name].load()
-    return found(**params)
+    try:
+        return found(**params)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"screen {name}: {error}") from None

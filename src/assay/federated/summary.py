@@ -13,6 +13,7 @@ import numpy as np
 
 from assay import run_dir
 from assay.config import Experiment
+from assay.federated.defence import level_name, names
 from assay.federated.preparation import Prepared
 from assay.metrics import auroc, tpr_at_fpr
 
@@ -36,6 +37,7 @@ def summarise(
     return {
         "name": experiment.name,
         "wing": "federated",
+        "faithful": experiment.defence.faithful,
         "assay": run_dir.versions()["assay"],
         "commit": run_dir.commit(),
         "versions": run_dir.versions(),
@@ -132,7 +134,9 @@ def _setting(experiment: Experiment) -> dict[str, Any]:
         "optimizer": training.optimizer,
         "prox_mu": training.prox_mu,
         "scaffold": training.scaffold,
-        "level": experiment.defence.level,
+        "level": level_name(experiment),
+        "faithful": experiment.defence.faithful,
+        **({} if experiment.defence.screens is None else {"screens": list(names(experiment))}),
         "aggregator": experiment.aggregation.name,
         "server": experiment.server.opt,
         "attack": experiment.attack.name,

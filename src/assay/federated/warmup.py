@@ -74,10 +74,7 @@ def aligned(
     """The aligned form of model `name`, from the cache, the shipped adapter or a fresh warm-up."""
     settings, tracker = settings or WarmupSettings(), tracker or Silent()
     say = tracker.say
-    plain = models.resolve(name, say)
-    key = cache_key(plain, rows, template, settings)
-    target = models.cache_dir() / "aligned" / f"{Path(name).name}-{key[:16]}"
-    shipped = models.ASSETS / f"warmup-{Path(name).name}-{key[:16]}.safetensors"
+    key, target, shipped = places(name, models.resolve(name, say), rows, template, settings)
     if target.exists():
         return Aligned(target, "cached", key)
     if shipped.exists():
@@ -92,6 +89,15 @@ def aligned(
         origin = "made"
     merge(models.load(name, "float32", say), adapter, settings, target)
     return Aligned(target, origin, key)
+
+
+def places(
+    name: str, plain: Path, rows: Sequence[Example], template: str, settings: WarmupSettings
+) -> tuple[str, Path, Path]:
+    """The warm-up's key, where the aligned model is cached, and where its adapter would be shipped."""
+    key = cache_key(plain, rows, template, settings)
+    stem = f"{Path(name).name}-{key[:16]}"
+    return key, models.cache_dir() / "aligned" / stem, models.ASSETS / f"warmup-{stem}.safetensors"
 
 
 def cache_key(plain: Path, rows: Sequence[Example], template: str, settings: WarmupSettings) -> str:

@@ -35,6 +35,7 @@ from assay.report.records import (
 from assay.report.swarm_load import SwarmRun, load_swarm
 
 WINGS = ("federated", "swarm")
+AS_PUBLISHED = " (as published)"
 
 
 class RoundRow(Row):
@@ -66,6 +67,8 @@ class Run(Recorded):
 
     rows: tuple[RoundRow, ...]
     ledger: Mapping[int, Mapping[str, Contribution]]  # round -> participant
+    faithful: bool = False
+    """Runs the published code's rules with their holes, for comparison; marked wherever it appears."""
 
     @property
     def level(self) -> str:
@@ -161,7 +164,11 @@ def _load(directory: Path, said: Any) -> Run:
     }
     chain = chain_of(ledger_file, summary, notices)
     contributions: dict[int, dict[str, Contribution]] = {}
+    faithful = bool(summary and summary.faithful)
     for line in lines(ledger_file, notices):
+        # either record is enough: nobody unmarks a run by editing one file
+        if isinstance(line, dict) and line.get("kind") == "start" and isinstance(line.get("body"), dict):
+            faithful = faithful or line["body"].get("faithful") is True
         if isinstance(line, dict) and line.get("kind") == "round":
             record = parse(LedgerRound, line.get("body"), ledger_file)
             contributions[record.round] = {said.participant: said for said in record.contributions}
@@ -173,5 +180,6 @@ def _load(directory: Path, said: Any) -> Run:
     ):
         notices.append(f"metrics.jsonl and the ledger disagree on {differ} weights; this page shows metrics.jsonl")
     label = (summary.name if summary else str(clean(directory.name))).removeprefix("federated.")
+    label += AS_PUBLISHED if faithful else ""
     ordered = tuple(rows[number] for number in sorted(rows))
-    return Run(directory, label, summary, ordered, chain, tuple(notices), contributions)
+    return Run(directory, label, summary, ordered, chain, tuple(notices), contributions, faithful)

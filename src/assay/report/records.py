@@ -93,6 +93,7 @@ class Summary(Parsed):
 
     name: Text
     wing: Text = "federated"
+    faithful: bool = False
     assay: Text = ""
     commit: Text = ""
     versions: Open = {}
