@@ -325,17 +325,17 @@ def test_fault_5_no_rule_is_told_who_or_how_many_attack() -> None:
 @pytest.mark.parametrize("name", [n for n in AGGREGATORS if "f" in inspect.signature(AGGREGATORS[n]).parameters])
 def test_fault_5_the_number_borne_is_a_parameter_that_is_heeded(name: str) -> None:
     """Published: Krum and DnC read the true number, trimmed mean always trims 1."""
-    honest = np.linspace(-0.1, 0.1, 8)[:, None] * np.ones((8, 12))
+    honest = np.linspace(-0.1, 0.1, 12)[:, None] * np.ones((12, 12))  # enough for the most demanding, 4f+3
     far = np.full((2, 12), 1e3)
     delta_ND = np.concatenate([honest, far]).astype(np.float32)
     rest = {
         p.name: 1 for p in inspect.signature(AGGREGATORS[name]).parameters.values()
         if p.default is inspect.Parameter.empty and p.name != "f"
     }  # fmt: skip
-    borne = aggregators.make(name, f=2, **rest)(delta_ND, np.ones(10))
+    borne = aggregators.make(name, f=2, **rest)(delta_ND, np.ones(14))
     assert np.abs(borne).max() <= 0.2, "two borne, two attackers"
     with pytest.raises(aggregators.ToleranceError, match="f=50"):
-        aggregators.make(name, f=50, **rest)(delta_ND, np.ones(10))
+        aggregators.make(name, f=50, **rest)(delta_ND, np.ones(14))
 
 
 @pytest.mark.skipif("trimmed_mean" not in AGGREGATORS, reason="registered under another name")

@@ -131,7 +131,7 @@ class ClaimsConfig(Frozen):
     """`adamw`: clients train with AdamW, fresh each round, no weight decay: each step of a coordinate is bounded by the
     rate. `any`: no such bound, for clients that train in another way."""
     slack: Annotated[float, Field(ge=0.0)] = 0.05
-    """Share by which a coordinate may pass AdamW's bound (honest: at most 0.004, rounding)."""
+    """Share by which a coordinate may pass AdamW's bound by rounding."""
     first_step: Share = 0.5
     """Least share of moved coordinates that step 1 moves by the rate itself (honest: 0.97 and more)."""
     turn: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.0

@@ -260,7 +260,7 @@ def _scored(experiment: Experiment) -> dict[str, Any]:
 
 def _ordered(experiment: Experiment, lr_of_round: Callable[[int], float]) -> Callable[[int], Ordered]:
     config, steps = experiment.defence.claims, experiment.training.steps
-    bound = config.optimizer == "adamw"
+    bound = config.optimizer == "adamw" and experiment.training.optimizer == "adamw"  # sgd bounds no coordinate
     return lambda round: Ordered(
         steps=steps, lr=lr_of_round(round) if bound else None, slack=config.slack, first_step=config.first_step,
         turn=config.turn,

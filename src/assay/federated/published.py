@@ -32,8 +32,8 @@ from assay.verdict import Reason, State, Verdict
 Level = Literal["step", "client", "shadow", "evidence"]
 LEVELS: tuple[Level, ...] = ("step", "client", "shadow", "evidence")
 THRESHOLD, SCORED_ROUNDS, LEAST_MEAN_WEIGHT = 0.8, 20, 0.2
-HEEDS_WEIGHTS = ("fedavg", "fedavgm", "scaffold")
-"""Server algorithms that multiply by the weights at all."""
+HEEDS_WEIGHTS = ("fedavg", "fedavgm")
+"""Server algorithms that multiply by the weights at all; its SCAFFOLD does, but never collects an adapter (fault 2)."""
 
 
 def check(experiment: Experiment) -> Level:
