@@ -42,6 +42,22 @@ class DataConfig(Frozen):
     refusal_share: Share = 0.02
     """Share of refusals in an honest client's rows: real instruction data holds some. The more there are, the more the
     honest clients repair each round what the malicious ones break (at 0.1 half the clients cannot break it for long)."""
+    strangers: tuple[str, ...] = ("word-problems", "programs")
+    """Sources of honest strangers (`clients.strangers`), one each in turn: no warm-up, probe or rehearsal reads them."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """Local files (JSON lines as the hub serves them, relative to `root`) to read named hub sets from: nothing is
+    fetched, the set's own filter applies. `files = { beavertails = "beavertails.jsonl" }`."""
+    hub_rows: Count = 20_000
+    """Filtered rows taken of each named hub set, the first so many: LMSYS-Chat-1M holds a million."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        named = {*self.benign, *self.refusals, self.malicious, self.harmful_prompts, *self.strangers}
+        if unused := sorted(set(self.files) - named):
+            raise ValueError(
+                f"files: {unused[0]} is not a source of this experiment; name it under benign or another key"
+            )
+        return self
 
 
 class ClientsConfig(Frozen):
@@ -52,6 +68,20 @@ class ClientsConfig(Frozen):
     sampled: Count | None = None
     """Clients per round; None = all of them."""
     examples: Count = 60
+    """Rows of a client; with `size_spread` their mean."""
+    size_spread: Annotated[float, Field(ge=0.0, le=3.0)] = 0.0
+    """Clients of different sizes, malicious ones as well: sigma of a log-normal, 0 = all alike, 1 = a factor of seven
+    between the quarters' ends. None falls below one batch; the local steps stay the same for all."""
+    partition: Literal["iid", "dirichlet"] = "iid"
+    """`dirichlet`: every client has its own mixture of topics (source and style of the benign rows)."""
+    alpha: Positive = 0.5
+    """Concentration of `dirichlet` (Hsu et al. 2019, arXiv 1909.06335): 100 is nearly iid, 0.1 nearly one topic each."""
+    strangers: Share = 0.0
+    """Share of the honest clients whose rows come from `data.strangers` only: nothing the server tuned itself on."""
+
+    @property
+    def stranger_count(self) -> int:
+        return round(self.strangers * (self.total - self.malicious_count))
 
     @property
     def malicious_count(self) -> int:
@@ -184,6 +214,12 @@ class Experiment(Root):
     def _coherent(self) -> Self:
         if self.defence.level == "submitted" and self.defence.norm_refuse < self.defence.norm_clip:
             raise ValueError("defence.norm_refuse must not be below defence.norm_clip")
+        if self.clients.stranger_count:
+            known = {*self.data.benign, *self.data.refusals, self.data.malicious}
+            if not self.data.strangers:
+                raise ValueError("clients.strangers needs data.strangers: name a source for them")
+            if shared := sorted(known & set(self.data.strangers)):
+                raise ValueError(f"data.strangers: {shared[0]} feeds the rehearsal too; name a source of its own")
         if self.clients.examples < self.training.batch_size:
             raise ValueError(
                 f"clients.examples = {self.clients.examples} is less than one batch of {self.training.batch_size}"
