@@ -13,6 +13,7 @@ from assay.config.federated import (
     AttackConfig,
     CanaryConfig,
     Experiment,
+    JudgeConfig,
     LoraSettings,
 )
 from assay.config.swarm import SwarmExperiment
@@ -25,6 +26,7 @@ __all__ = [
     "CanaryConfig",
     "ConfigError",
     "Experiment",
+    "JudgeConfig",
     "LoraSettings",
     "ModelConfig",
     "SwarmExperiment",

@@ -22,7 +22,8 @@ from assay.engines.pool import Pool
 from assay.federated import aggregators, server_opt
 from assay.federated.compute import Compute, TrainJob
 from assay.federated.defence import Defence, make
-from assay.federated.evaluate import Panel, Scores, evaluate, make_panel
+from assay.federated.evaluate import Panel, Scores, evaluate, make_panel, metric_names
+from assay.federated.finish import finish
 from assay.federated.local_sft import LocalResult
 from assay.federated.population import (
     Client,
@@ -286,11 +287,25 @@ def _finish(
     setup: Setup, state: ServerState, directory: Path, rows: Sequence[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     """The final adapter in PEFT format, the closing ledger entry and, last of all, the summary."""
-    write_peft(directory / run_dir.ADAPTER, state.adapter, setup)
+    experiment = setup.experiment
+    before = {name: rows[-1][name] for name in metric_names(experiment)}
+    done = finish(
+        experiment, setup.prepared, setup.compute, setup.sources, setup.panel,
+        setup.initial, state.adapter, before, setup.tracker,
+    )  # fmt: skip
+    write_peft(directory / run_dir.ADAPTER, done.adapter, setup)
     truth = {c.name: c.malicious for c in setup.clients}
     kinds = kinds_of(setup.clients)
-    summary = summarise(setup.experiment, directory, list(rows), truth, setup.prepared, command, kinds)
-    summary["ledger"] = journal.close(directory, setup.experiment.training.rounds, tensors_sha256(state.adapter))
+    summary = summarise(experiment, directory, list(rows), truth, setup.prepared, command, kinds)
+    if done.scores is not None:  # what ships is what the summary speaks of; the rounds are in metrics.jsonl
+        summary["metrics"] |= done.scores.metrics()
+        summary["answers"] = [{"prompt": p, "answer": a} for p, a in done.scores.answers]
+        summary["finish"] = list(done.records)
+        spent = sum(record["seconds"] for record in done.records)
+        summary["seconds"] |= {"finish": spent, "total": summary["seconds"]["total"] + spent}
+    more = {"finish": done.ledger()} if done.records else {}
+    sha256 = tensors_sha256(done.adapter)
+    summary["ledger"] = journal.close(directory, experiment.training.rounds, sha256, more)
     summary["defence"] = setup.defence.summary()
     checkpoint.write_json(directory / run_dir.SUMMARY, summary)
     return summary

@@ -13,6 +13,7 @@ import numpy as np
 
 from assay import run_dir
 from assay.config import Experiment
+from assay.federated.evaluate import metric_names
 from assay.federated.preparation import Prepared
 from assay.metrics import auroc, tpr_at_fpr
 
@@ -60,9 +61,7 @@ def summarise(
         **({"kinds": dict(kinds)} if kinds else {}),
         "seconds": seconds,
         "metrics": {
-            "refusal_rate": last["refusal_rate"],
-            "over_refusal_rate": last["over_refusal_rate"],
-            "benign_loss": last["benign_loss"],
+            **{name: last[name] for name in metric_names(experiment)},
             **weight_metrics(rows, malicious),
             **weight_by_kind(rows, kinds),
         },
