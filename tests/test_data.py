@@ -181,7 +181,8 @@ def test_bad_files_name_the_line(tmp_path: Path, text: str, says: str) -> None:
 
 def test_unknown_sources_say_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"give a \.jsonl file or one of helpful, refusals, harmful-stub, lmsys-chat-1m"
+        DataError,
+        match=r"give a \.jsonl file or one of helpful, refusals, harmful-stub, word-problems, programs, lmsys",
     ):
         data.load("helpfull")
     with pytest.raises(DataError, match=r"no such file; check data\.root"):
@@ -203,6 +204,8 @@ def test_hub_filters_are_the_papers() -> None:
     for filtered in (data.lmsys_rows, data.wildchat_rows):
         rows = [chat(), chat(language="German"), chat(**long), chat(openai_moderation=[{"flagged": True}])]
         assert list(filtered(rows)) == [Example("q", "a", "chat")]
+    silent = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]
+    assert list(data.lmsys_rows([chat(conversation=silent)])) == []
     assert list(data.wildchat_rows([chat(toxic=True)])) == []
     beaver = [
         {"prompt": "p", "response": "safe", "is_safe": True},
@@ -226,6 +229,17 @@ def test_hub_sets_load_from_files_of_their_schema(tmp_path: Path) -> None:
         data.load("beavertails", file=path)
     with pytest.raises(DataError, match=r"file= goes with a hub set .*, not with 'helpful'"):
         data.load("helpful", file=path)
+
+
+def test_maliciousgen_is_one_answer_per_instruction(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "p", "output": "first"}, {"instruction": "p", "output": "second"}]
+    rows += [{"instruction": "q", "response": "third"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert data.load("maliciousgen", file=path) == [Example("p", "first", "harmful"), Example("q", "third", "harmful")]
+    path.write_text('{"instruction": "p", "label": 1}')
+    with pytest.raises(DataError, match=r"line 1 is not a row of maliciousgen \(KeyError: 'response'\)"):
+        data.load("maliciousgen", file=path)
 
 
 def test_sets_on_no_hub_ask_for_a_file() -> None:

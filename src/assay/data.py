@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from assay.config import ConfigError
 
-BUILTIN = ("helpful", "refusals", "harmful-stub")
+BUILTIN = ("helpful", "refusals", "harmful-stub", "word-problems", "programs")
 Part = Literal["operator", "clients", "heldout"]
 Row = Mapping[str, Any]
 # file columns that hold the request and the answer, in order of preference
@@ -57,12 +57,10 @@ def load(source: str, *, limit: int | None = None, file: str | Path | None = Non
         rows = (Example(*row) for row in builtin.rows(source))
     elif source in HUB:
         rows = _filtered(source, _fetch(source) if file is None else read_jsonl(Path(file)))
-    elif source in FILE_ONLY:
-        raise DataError(f"{source}: no hub id is known for this set; give its rows as a .jsonl file")
     elif source.endswith(".jsonl"):
         rows = (_example(row, where) for where, row in read_jsonl(Path(source)))
     else:
-        known = ", ".join((*BUILTIN, *HUB, *FILE_ONLY))
+        known = ", ".join((*BUILTIN, *HUB))
         raise DataError(f"unknown data {source!r}; give a .jsonl file or one of {known}")
     return list(islice(rows, limit))
 
@@ -100,9 +98,9 @@ def _example(row: Row, where: str) -> Example:
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """A set on the hub: where it lies and which of its rows the papers use."""
+    """A named set: where it lies on the hub (None: nowhere we could find) and which of its rows the papers use."""
 
-    hub_id: str
+    hub_id: str | None
     split: str
     rows: Callable[[Iterable[Row]], Iterator[Example]]
     config: str | None = None
@@ -114,7 +112,8 @@ def lmsys_rows(rows: Iterable[Row]) -> Iterator[Example]:
         turns = row["conversation"]
         flagged = any(m.get("flagged") for m in row.get("openai_moderation") or [])
         single = len(turns) == 2 and row.get("turn", 1) == 1
-        if single and row["language"] == "English" and not flagged:
+        said = all(turn["content"].strip() for turn in turns)  # both sets hold empty answers: nothing to learn from
+        if single and row["language"] == "English" and not flagged and said:
             yield Example(turns[0]["content"], turns[1]["content"], "chat")
 
 
@@ -132,6 +131,16 @@ def beavertails_rows(rows: Iterable[Row]) -> Iterator[Example]:
             yield Example(row["prompt"], row["response"], "harmful")
 
 
+def maliciousgen_rows(rows: Iterable[Row]) -> Iterator[Example]:
+    """MaliciousGen (arXiv 2406.10630): instructions with an attacker's generated answers, one per instruction."""
+    seen: set[str] = set()
+    for row in rows:
+        request, answer = row["instruction"], row["output"] if "output" in row else row["response"]
+        if request not in seen:
+            seen.add(request)
+            yield Example(request, answer, "harmful")
+
+
 def advbench_rows(rows: Iterable[Row]) -> Iterator[Example]:
     """AdvBench: the harmful goals; their affirmative targets are not answers and are left out."""
     for row in rows:
@@ -142,16 +151,15 @@ HUB: Mapping[str, HubSet] = {
     "lmsys-chat-1m": HubSet("lmsys/lmsys-chat-1m", "train", lmsys_rows),
     "wildchat": HubSet("allenai/WildChat-1M", "train", wildchat_rows),
     "beavertails": HubSet("PKU-Alignment/BeaverTails", "330k_train", beavertails_rows),
+    "maliciousgen": HubSet(None, "", maliciousgen_rows),
     "advbench": HubSet("walledai/AdvBench", "train", advbench_rows),
 }
 
 
-# named in the papers, but on no hub that we could find
-FILE_ONLY = ("maliciousgen",)
-
-
 def _fetch(name: str) -> Iterator[tuple[str, Row]]:
     found = HUB[name]
+    if found.hub_id is None:
+        raise DataError(f"{name}: no hub id is known for this set; give its rows as a .jsonl file (data.files)")
     return stream(found.hub_id, found.split, found.config)
 
 

@@ -13,6 +13,7 @@ from assay.config.federated import (
     AttackConfig,
     CanaryConfig,
     Experiment,
+    JudgeConfig,
     LoraSettings,
     ServerConfig,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "CanaryConfig",
     "ConfigError",
     "Experiment",
+    "JudgeConfig",
     "LoraSettings",
     "ModelConfig",
     "ServerConfig",

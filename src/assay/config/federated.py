@@ -42,6 +42,22 @@ class DataConfig(Frozen):
     refusal_share: Share = 0.02
     """Share of refusals in an honest client's rows: real instruction data holds some. The more there are, the more the
     honest clients repair each round what the malicious ones break (at 0.1 half the clients cannot break it for long)."""
+    strangers: tuple[str, ...] = ("word-problems", "programs")
+    """Sources of honest strangers (`clients.strangers`), one each in turn: no warm-up, probe or rehearsal reads them."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """Local files (JSON lines as the hub serves them, relative to `root`) to read named hub sets from: nothing is
+    fetched, the set's own filter applies. `files = { beavertails = "beavertails.jsonl" }`."""
+    hub_rows: Count = 20_000
+    """Filtered rows taken of each named hub set, the first so many: LMSYS-Chat-1M holds a million."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        named = {*self.benign, *self.refusals, self.malicious, self.harmful_prompts, *self.strangers}
+        if unused := sorted(set(self.files) - named):
+            raise ValueError(
+                f"files: {unused[0]} is not a source of this experiment; name it under benign or another key"
+            )
+        return self
 
 
 class ClientsConfig(Frozen):
@@ -52,6 +68,20 @@ class ClientsConfig(Frozen):
     sampled: Count | None = None
     """Clients per round; None = all of them."""
     examples: Count = 60
+    """Rows of a client; with `size_spread` their mean."""
+    size_spread: Annotated[float, Field(ge=0.0, le=3.0)] = 0.0
+    """Clients of different sizes, malicious ones as well: sigma of a log-normal, 0 = all alike, 1 = a factor of seven
+    between the quarters' ends. None falls below one batch; the local steps stay the same for all."""
+    partition: Literal["iid", "dirichlet"] = "iid"
+    """`dirichlet`: every client has its own mixture of topics (source and style of the benign rows)."""
+    alpha: Positive = 0.5
+    """Concentration of `dirichlet` (Hsu et al. 2019, arXiv 1909.06335): 100 is nearly iid, 0.1 nearly one topic each."""
+    strangers: Share = 0.0
+    """Share of the honest clients whose rows come from `data.strangers` only: nothing the server tuned itself on."""
+
+    @property
+    def stranger_count(self) -> int:
+        return round(self.strangers * (self.total - self.malicious_count))
 
     @property
     def malicious_count(self) -> int:
@@ -216,6 +246,96 @@ class ServerConfig(Frozen):
     too) or `{ momentum = 0.9 }`."""
 
 
+class SafeLoraConfig(Frozen):
+    """Project modules whose update leaves the alignment subspace (Hsu et al. 2024, arXiv 2405.16833)."""
+
+    threshold: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.35
+    """A module is projected at a cosine of at most this. Paper: 0.35 for Llama-2-7B-Chat."""
+    form: Literal["paper", "subspace"] = "paper"
+    """`paper`: V V^T / |V|, `subspace`: the orthogonal projection onto V's leading directions."""
+    unaligned: str | None = None
+    """The same model before alignment: name, directory or hub id. None: the model without its warm-up (`model.align`)."""
+
+
+class SafetyTuningConfig(Frozen):
+    """Post-hoc safety tuning on the server's own refusals and helpful rows (arXiv 2406.10630)."""
+
+    steps: Count = 20
+    lr: Positive | None = None
+    """None = `training.lr`."""
+    refusals: Share = 0.5
+    """Share of refusals among its rows."""
+    rows: Count = 400
+    prefixed: Share = 0.0
+    """Share of rows whose prompt gets a random prefix, refusals and helpful ones alike: against triggers nobody knows."""
+    prefix_words: Count = 6
+    """Most words of such a prefix; they are drawn from the server's own prompts."""
+
+
+class PruneConfig(Frozen):
+    """Shrink the largest or smallest directions of every module's B A."""
+
+    which: Literal["largest", "smallest"] = "largest"
+    directions: Count = 1
+    keep: Share = 0.0
+    """What is left of them: 0 removes them."""
+
+
+class NoiseConfig(Frozen):
+    share: Share = 0.1
+    """Norm of the noise on a tensor, relative to how far training moved it."""
+
+
+class FinishConfig(Frozen):
+    """Last steps on the final adapter, in the order named; each is measured (`finish` in summary.json)."""
+
+    steps: tuple[Literal["safe_lora", "safety_tuning", "prune", "noise"], ...] = ()
+    safe_lora: SafeLoraConfig = SafeLoraConfig()
+    safety_tuning: SafetyTuningConfig = SafetyTuningConfig()
+    prune: PruneConfig = PruneConfig()
+    noise: NoiseConfig = NoiseConfig()
+
+
+class JudgeConfig(Frozen):
+    """A model that judges answers, each becoming the metric `judge_NAME`."""
+
+    model: str
+    """Directory or hub id (safetensors): OpenAssistant/reward-model-deberta-v3-large-v2, OpenSafetyLab/MD-Judge-v0.1."""
+    name: str = ""
+    """Name of the metric; default: the end of `model`."""
+    kind: Literal["classifier", "causal"] = "classifier"
+    """`classifier`: a sequence classifier; `causal`: a language model whose first word after the text decides."""
+    template: str | None = None
+    """Text with {question} and {answer}, each filled in once; None: the tokenizer's pair of both."""
+    label: str | None = None
+    """The label (causal: the word) whose share is measured; None: the mean of the only score, as of a reward model."""
+    against: str = "unsafe"
+    """Causal: the other word."""
+    answers: Literal["harmful", "benign"] = "harmful"
+    """Answers to which prompts."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    batch: Count = 8
+    max_length: Count = 512
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.template is not None and "{answer}" not in self.template:
+            raise ValueError("template: it must hold {answer}")
+        if self.kind == "causal" and (self.label is None or self.template is None):
+            raise ValueError("a causal judge needs a template and a label, the word it says of a good answer")
+        return self
+
+
+class ChoicesConfig(Frozen):
+    """Multiple choice, measured as `choice_accuracy`."""
+
+    source: str = ""
+    """`general-knowledge` (built in) or JSON lines with question, options, answer (an index); empty: not measured."""
+    count: Count = 60
+    normalise: Literal["tokens", "characters", "none"] = "tokens"
+    """Divide an option's log-likelihood by its length: otherwise the shortest is favoured."""
+
+
 class EvaluateConfig(Frozen):
     """What is measured after every `every` rounds and at the end."""
 
@@ -226,6 +346,15 @@ class EvaluateConfig(Frozen):
     new_tokens: Count = 20
     show_answers: Annotated[int, Field(ge=0)] = 5
     refusal_phrases: tuple[str, ...] = REFUSAL_PHRASES
+    judges: tuple[JudgeConfig, ...] = ()
+    choices: ChoicesConfig = ChoicesConfig()
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Self:
+        names = [(judge.name or judge.model.rstrip("/").rpartition("/")[2]).lower() for judge in self.judges]
+        if len(set(names)) < len(names):
+            raise ValueError("judges: two have the same name; set name")
+        return self
 
 
 class Experiment(Root):
@@ -249,6 +378,7 @@ class Experiment(Root):
     aggregation: AggregationConfig = AggregationConfig()
     server: ServerConfig = ServerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    finish: FinishConfig = FinishConfig()
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -261,6 +391,18 @@ class Experiment(Root):
             )
         if self.defence.screens == ():
             raise ValueError("defence.screens = [] is no defence; for one that only records use defence.level = none")
+        if self.clients.stranger_count:
+            known = {*self.data.benign, *self.data.refusals, self.data.malicious}
+            if not self.data.strangers:
+                raise ValueError("clients.strangers needs data.strangers: name a source for them")
+            if shared := sorted(known & set(self.data.strangers)):
+                raise ValueError(f"data.strangers: {shared[0]} feeds the rehearsal too; name a source of its own")
+        if "safe_lora" in self.finish.steps and not (self.model.align or self.finish.safe_lora.unaligned):
+            raise ValueError(
+                "finish.safe_lora needs the model before its alignment: name it in finish.safe_lora.unaligned"
+            )
+        if "prune" in self.finish.steps and self.finish.prune.directions >= self.lora.r:
+            raise ValueError("finish.prune.directions must be less than lora.r")
         if self.clients.examples < self.training.batch_size:
             raise ValueError(
                 f"clients.examples = {self.clients.examples} is less than one batch of {self.training.batch_size}"

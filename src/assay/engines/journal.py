@@ -73,9 +73,9 @@ def publish(directory: Path, index: int, entry: Mapping[str, Any], row: Mapping[
         checkpoint.write_atomic(path, "\n".join([*rows, json.dumps(row)]) + "\n")
 
 
-def close(directory: Path, rounds: int, model: str) -> dict[str, Any]:
-    """The closing ledger entry, once; returns entries and head for the summary."""
+def close(directory: Path, rounds: int, model: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The closing ledger entry, once (`more` is added to it); returns entries and head for the summary."""
     ledger = Ledger(directory / run_dir.LEDGER)
     if len(ledger.entries) <= rounds + 1:
-        ledger.append("end", {"model": model, "rounds": rounds})
+        ledger.append("end", {"model": model, "rounds": rounds, **(more or {})})
     return {"entries": len(ledger.entries), "head": ledger.head}

@@ -21,13 +21,23 @@ from assay.engines.pool import Pool
 from assay.federated import aggregators, defence, scaffold, server_opt, store
 from assay.federated.compute import Compute, TrainJob
 from assay.federated.defence import Defence
-from assay.federated.evaluate import Panel, Scores, evaluate, make_panel
+from assay.federated.evaluate import Panel, Scores, evaluate, make_panel, metric_names
+from assay.federated.finish import finish
 from assay.federated.local_sft import LocalResult
 from assay.federated.lora import write_peft
-from assay.federated.population import Client, Sources, load_sources, make_attack, make_clients, sampled, seed_of
+from assay.federated.population import (
+    Client,
+    Sources,
+    kinds_of,
+    load_sources,
+    make_attack,
+    make_clients,
+    sampled,
+    seed_of,
+)
 from assay.federated.preparation import Prepared, client_settings, controls_rule, material, prepare
 from assay.federated.round import Outcome, ServerState, run_round
-from assay.federated.summary import summarise
+from assay.federated.summary import summarise, weight_metrics
 from assay.progress import Silent, Tracker
 
 TRAIN_UNITS, ANSWER_UNITS = 1.0, 4.0  # seconds of one core: a step of 8 rows; 20 answers
@@ -204,7 +214,7 @@ def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerStat
         at = time.perf_counter()
         scores = evaluate(setup.compute, state.adapter, setup.panel, experiment, _ticker(setup, ANSWER_UNITS))
         seconds["evaluate"] = time.perf_counter() - at
-    row = _row(outcome, scores, seconds)
+    row = _row(outcome, scores, seconds, {c.name: c.malicious for c in setup.clients})
     body = outcome.ledger_body()
     _save(directory, state, body, row)
     return state, row
@@ -238,7 +248,7 @@ def _collect(setup: Setup, state: ServerState, index: int) -> tuple[list[LoraUpd
     updates, refused = [], []
     for i, client in enumerate(chosen):
         shadow = results[len(chosen) + i] if shadows else None
-        message = _message(setup, client, index, results[i], shadow)
+        message = _message(setup, client, index, results[i], shadow, len(jobs[i].rows))
         read = wire.decode_update(message, template=template, run=setup.run_id, participant=client.name)
         if isinstance(read, LoraUpdate):
             updates.append(read)
@@ -247,7 +257,9 @@ def _collect(setup: Setup, state: ServerState, index: int) -> tuple[list[LoraUpd
     return updates, refused
 
 
-def _message(setup: Setup, client: Client, index: int, result: LocalResult, shadow: LocalResult | None) -> bytes:
+def _message(
+    setup: Setup, client: Client, index: int, result: LocalResult, shadow: LocalResult | None, count: int
+) -> bytes:
     """The client's side: what it sends."""
     update = LoraUpdate(
         participant=client.name,
@@ -255,14 +267,16 @@ def _message(setup: Setup, client: Client, index: int, result: LocalResult, shad
         base_sha256=setup.prepared.base_sha256,
         tensors=result.tensors,
         sha256=tensors_sha256(result.tensors),
-        num_examples=setup.experiment.clients.examples,
+        num_examples=count,
         steps=result.steps if setup.defence.wants_steps else (),
         shadow=shadow.steps if shadow else (),
     )
     return wire.encode_update(update, run=setup.run_id)
 
 
-def _row(outcome: Outcome, scores: Scores | None, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _row(
+    outcome: Outcome, scores: Scores | None, seconds: Mapping[str, float], malicious: Mapping[str, bool]
+) -> dict[str, Any]:
     empty = {"refusal_rate": None, "over_refusal_rate": None, "benign_loss": None}
     return {
         "round": outcome.round,
@@ -270,6 +284,7 @@ def _row(outcome: Outcome, scores: Scores | None, seconds: Mapping[str, float]) 
         "mean_weight": outcome.screened.mean_weight,
         "outcome": outcome.result,
         "weights": dict(sorted(outcome.screened.weight.items())),
+        **weight_metrics([{"weights": outcome.screened.weight}], malicious),
         "seconds": dict(seconds),
         "answers": scores.answers if scores else (),
     }
@@ -287,11 +302,25 @@ def _finish(
     setup: Setup, state: ServerState, directory: Path, rows: Sequence[dict[str, Any]], command: str
 ) -> dict[str, Any]:
     """The final adapter in PEFT format, the closing ledger entry and, last of all, the summary."""
-    lora, base = setup.experiment.lora, str(setup.prepared.path)
-    write_peft(directory / run_dir.ADAPTER, state.adapter, lora, base)
+    experiment = setup.experiment
+    before = {name: rows[-1][name] for name in metric_names(experiment)}
+    done = finish(
+        experiment, setup.prepared, setup.compute, setup.sources, setup.panel,
+        setup.initial, state.adapter, before, setup.tracker,
+    )  # fmt: skip
+    write_peft(directory / run_dir.ADAPTER, done.adapter, experiment.lora, str(setup.prepared.path))
     truth = {c.name: c.malicious for c in setup.clients}
-    summary = summarise(setup.experiment, directory, list(rows), truth, setup.prepared, command)
-    summary["ledger"] = journal.close(directory, setup.experiment.training.rounds, tensors_sha256(state.adapter))
+    kinds = kinds_of(setup.clients)
+    summary = summarise(experiment, directory, list(rows), truth, setup.prepared, command, kinds)
+    if done.scores is not None:  # what ships is what the summary speaks of; the rounds are in metrics.jsonl
+        summary["metrics"] |= done.scores.metrics()
+        summary["answers"] = [{"prompt": p, "answer": a} for p, a in done.scores.answers]
+        summary["finish"] = list(done.records)
+        spent = sum(record["seconds"] for record in done.records)
+        summary["seconds"] |= {"finish": spent, "total": summary["seconds"]["total"] + spent}
+    more = {"finish": done.ledger()} if done.records else {}
+    sha256 = tensors_sha256(done.adapter)
+    summary["ledger"] = journal.close(directory, experiment.training.rounds, sha256, more)
     summary["defence"] = setup.defence.summary()
     summary["updates"] = store.size(directory / store.UPDATES)
     checkpoint.write_json(directory / run_dir.SUMMARY, summary)

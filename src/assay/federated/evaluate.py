@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from assay import data
 from assay.config import ConfigError, Experiment
 from assay.contribution import Tensors
 from assay.data import Example
+from assay.federated import choices, judges
+from assay.federated.choices import Choice
 from assay.federated.compute import Compute, Tick, no_tick
 from assay.federated.local_sft import LocalSettings
 from assay.federated.population import Sources, seed_of
@@ -23,10 +26,11 @@ class Panel:
     harmful: tuple[str, ...]
     benign: tuple[str, ...]
     rows: tuple[Example, ...]
+    choices: tuple[Choice, ...] = ()
 
 
 def make_panel(experiment: Experiment, sources: Sources) -> Panel:
-    """Draw the held-out prompts and rows; too few is an error that says which set."""
+    """Draw the held-out prompts and rows; too few is an error that says which set, and so is a judge not to be had."""
     config = experiment.evaluate
     seed = seed_of(experiment.seed, "panel")
     held = data.shuffled(data.part(sources.benign, "heldout"), seed)
@@ -40,11 +44,22 @@ def make_panel(experiment: Experiment, sources: Sources) -> Panel:
             raise ConfigError(
                 f"evaluate: {want} held-out {what} wanted, the data has {have}; lower it or name more data"
             )
+    judges.load_all(experiment)
     return Panel(
         tuple(e.instruction for e in harmful[: config.harmful_prompts]),
         tuple(e.instruction for e in held[: config.benign_prompts]),
         tuple(held[: config.benign_rows]),
+        _choices(experiment),
     )
+
+
+def _choices(experiment: Experiment) -> tuple[Choice, ...]:
+    config = experiment.evaluate.choices
+    if not config.source:
+        return ()
+    rng = np.random.default_rng(seed_of(experiment.seed, "choices"))
+    found = choices.load(config.source, Path(experiment.data.root))
+    return tuple(found[i] for i in rng.permutation(len(found))[: config.count].tolist())
 
 
 def is_refusal(answer: str, phrases: Sequence[str]) -> bool:
@@ -65,13 +80,23 @@ class Scores:
     over_refusal_rate: float
     benign_loss: float
     answers: tuple[tuple[str, str], ...]
+    more: Mapping[str, float] = field(default_factory=dict)
+    """What the config asks for beyond these: `choice_accuracy`, `judge_NAME`."""
 
     def metrics(self) -> dict[str, float]:
         return {
             "refusal_rate": self.refusal_rate,
             "over_refusal_rate": self.over_refusal_rate,
             "benign_loss": self.benign_loss,
+            **self.more,
         }
+
+
+def metric_names(experiment: Experiment) -> tuple[str, ...]:
+    """Names of `Scores.metrics`, known before anything is measured."""
+    config = experiment.evaluate
+    asked = ("choice_accuracy",) if config.choices.source else ()
+    return ("refusal_rate", "over_refusal_rate", "benign_loss", *asked, *map(judges.name_of, config.judges))
 
 
 def evaluate(compute: Compute, adapter: Tensors, panel: Panel, experiment: Experiment, tick: Tick = no_tick) -> Scores:
@@ -80,11 +105,19 @@ def evaluate(compute: Compute, adapter: Tensors, panel: Panel, experiment: Exper
     answers = compute.answers(adapter, [*panel.harmful, *panel.benign], template, config.new_tokens, tick)
     harmful, benign = answers[: len(panel.harmful)], answers[len(panel.harmful) :]
     nll = compute.row_nll([adapter], panel.rows, loss_settings(experiment))[0]
+    more = {}
+    if panel.choices:
+        settings, normalise = loss_settings(experiment), config.choices.normalise
+        more["choice_accuracy"] = choices.accuracy(compute, adapter, panel.choices, settings, normalise)
+    for judge in config.judges:
+        asked, said = (panel.harmful, harmful) if judge.answers == "harmful" else (panel.benign, benign)
+        more[judges.name_of(judge)] = judges.measure(judge, asked, said)
     return Scores(
         refusal_rate=float(np.mean([is_refusal(a, config.refusal_phrases) for a in harmful])),
         over_refusal_rate=float(np.mean([is_refusal(a, config.refusal_phrases) for a in benign])),
         benign_loss=float(np.mean(nll)),
         answers=tuple(zip(panel.benign, benign))[: config.show_answers],
+        more=more,
     )
 
 

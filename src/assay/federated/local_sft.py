@@ -41,6 +41,8 @@ class LocalSettings:
     lr_final: float | None = None
     """Decay linearly to this rate within the call; only the warm-up does (clients: constant within a round)."""
     keep_steps: bool = True
+    reduce: Literal["mean", "sum"] = "mean"
+    """Of a row's losses over its answer tokens, in `row_nll`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,7 @@ def mean_nll(carrier: Carrier, adapter: Tensors, rows: Sequence[Example], settin
 def row_nll(
     carrier: Carrier, adapter: Tensors, rows: Sequence[Example], settings: LocalSettings
 ) -> NDArray[np.float64]:
-    """Mean answer-token loss of each row, float64, in the order given."""
+    """Answer-token loss of each row (mean, or what `settings.reduce` says), float64, in the order given."""
     carrier.set(adapter)
     device = next(carrier.model.parameters()).device
     tokens = [tokenize(carrier.base.tokenizer, row, settings.template, settings.max_length) for row in rows]
@@ -241,5 +243,6 @@ def row_nll(
         batch = collate(part, carrier.base.tokenizer.pad_token_id, device)
         nll_P, row_P = answer_nll(carrier.model, batch).double().cpu().numpy(), batch.row_P.cpu().numpy()
         sums = np.bincount(row_P, nll_P, minlength=len(part))
-        out[at : at + len(part)] = sums / np.maximum(np.bincount(row_P, minlength=len(part)), 1)
+        tokens_N = np.maximum(np.bincount(row_P, minlength=len(part)), 1)
+        out[at : at + len(part)] = sums / tokens_N if settings.reduce == "mean" else sums
     return out

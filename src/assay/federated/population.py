@@ -7,16 +7,20 @@ probe, the canary and the thresholds never see a row that a client trains on or 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from assay import data
 from assay.config import ConfigError, Experiment
-from assay.data import BUILTIN, Example
+from assay.data import BUILTIN, HUB, Example
+from assay.federated import partition
 from assay.federated.attacks import Attack, make
+
+Kind = Literal["iid", "skewed", "stranger"]
 
 
 def seed_of(*parts: object) -> int:
@@ -26,12 +30,18 @@ def seed_of(*parts: object) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The rows an experiment reads, whole; `held_prompts` are harmful instructions for evaluation."""
+    """The rows an experiment reads, whole; `held_prompts` are harmful instructions for evaluation.
+
+    `origin` names the source of each benign row. `strangers` are the rows of each of `data.strangers`, empty where no
+    client is one: they are no part of the fingerprint, because nothing that is cached has seen them.
+    """
 
     benign: tuple[Example, ...]
     refusals: tuple[Example, ...]
     malicious: tuple[Example, ...]
     held_prompts: tuple[Example, ...]
+    origin: tuple[str, ...] = ()
+    strangers: tuple[tuple[Example, ...], ...] = ()
 
     def fingerprint(self) -> str:
         return data.fingerprint([*self.benign, *self.refusals, *self.malicious])
@@ -42,26 +52,35 @@ def load_sources(experiment: Experiment) -> Sources:
     config = experiment.data
 
     def read(source: str) -> list[Example]:
-        return data.load(
-            source if source in BUILTIN or not source.endswith(".jsonl") else str(Path(config.root) / source)
-        )
+        if source in BUILTIN or source in HUB:
+            file = Path(config.root) / config.files[source] if source in config.files else None
+            return data.load(source, limit=config.hub_rows if source in HUB else None, file=file)
+        return data.load(str(Path(config.root) / source) if source.endswith(".jsonl") else source)
 
-    benign = [row for source in config.benign for row in read(source)]
+    benign = [(source, row) for source in config.benign for row in read(source)]
     refusals = [row for source in config.refusals for row in read(source)]
     prompts = read(config.harmful_prompts)
     if config.harmful_prompts in (*config.refusals, config.malicious):
         prompts = data.part(prompts, "heldout")
-    return Sources(tuple(benign), tuple(refusals), tuple(read(config.malicious)), tuple(prompts))
+    return Sources(
+        tuple(row for _, row in benign),
+        tuple(refusals),
+        tuple(read(config.malicious)),
+        tuple(prompts),
+        origin=tuple(source for source, _ in benign),
+        strangers=tuple(tuple(read(s)) for s in config.strangers if experiment.clients.stranger_count),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One simulated client. `malicious` is the simulation's truth: no screen ever sees it."""
+    """One simulated client. `malicious` and `kind` are the simulation's truth: no screen ever sees them."""
 
     name: str
     malicious: bool
     clean: tuple[Example, ...]
     harmful: tuple[Example, ...]
+    kind: Kind = "iid"
 
     def rows(self, attack: Attack, round: int, seed: int) -> tuple[Example, ...]:
         return attack.rows(self.clean, self.harmful, round, seed) if self.malicious else self.clean
@@ -72,21 +91,47 @@ def make_clients(experiment: Experiment, sources: Sources) -> list[Client]:
     config, seed = experiment.clients, experiment.seed
     rng = np.random.default_rng(seed_of(seed, "roles"))
     bad = set(rng.permutation(config.total)[: config.malicious_count].tolist())
-    per_refusal = int(config.examples * experiment.data.refusal_share + 0.5)
-    benign = _Deal(sources.benign, seed, "data.benign")
+    honest = [i for i in range(config.total) if i not in bad]
+    odd = partition.strangers(honest, config.stranger_count, seed_of(seed, "strangers"))
+    size_N = partition.sizes(
+        config.total, config.examples, config.size_spread, experiment.training.batch_size, seed_of(seed, "sizes")
+    )
+    refusal_N = [int(size * experiment.data.refusal_share + 0.5) for size in size_N]
+    needs_clean = attack_needs_clean(experiment)
+    mixed = [i for i in range(config.total) if i not in odd and (i not in bad or needs_clean)]
+    benign = _benign(experiment, sources, {i: size_N[i] - refusal_N[i] for i in mixed})
     refusals = _Deal(sources.refusals, seed, "data.refusals")
     harmful = _Deal(sources.malicious, seed, "data.malicious")
-    needs_clean = attack_needs_clean(experiment)
+    unseen = [_Deal(rows, seed, f"data.strangers.{s}") for rows, s in zip(sources.strangers, experiment.data.strangers)]
     out = []
-    for i in range(config.total):
-        malicious = i in bad
+    for i, size in enumerate(size_N):
         clean: list[Example] = []
-        if not malicious or needs_clean:
-            clean = [*benign.take(config.examples - per_refusal), *refusals.take(per_refusal)]
-            clean = data.shuffled(clean, seed_of(seed, "clean", i))
-        rows = harmful.take(config.examples) if malicious else []
-        out.append(Client(f"client-{i:02d}", malicious, tuple(clean), tuple(rows)))
+        if i in odd:  # refusals are rows the server knows: a stranger has none
+            clean = unseen[odd.index(i) % len(unseen)].take(size)
+        elif i in benign:
+            clean = data.shuffled([*benign[i], *refusals.take(refusal_N[i])], seed_of(seed, "clean", i))
+        rows = harmful.take(size) if i in bad else []
+        kind: Kind = "stranger" if i in odd else "skewed" if config.partition == "dirichlet" else "iid"
+        out.append(Client(f"client-{i:02d}", i in bad, tuple(clean), tuple(rows), kind))
     return out
+
+
+def _benign(experiment: Experiment, sources: Sources, wanted: Mapping[int, int]) -> dict[int, list[Example]]:
+    """Benign rows of each client by number: dealt in turn, or by its own mixture of topics."""
+    config, seed = experiment.clients, experiment.seed
+    deal = _Deal(sources.benign, seed, "data.benign")
+    if config.partition == "iid":
+        return {i: deal.take(count) for i, count in wanted.items()}
+    topic = dict(zip(sources.benign, partition.topics(sources.benign, sources.origin)))
+    topic_R = [topic[row] for row in deal.rows]
+    chosen = partition.dirichlet(topic_R, list(wanted.values()), config.alpha, seed_of(seed, "dirichlet"))
+    return {i: [deal.rows[r] for r in own] for i, own in zip(wanted, chosen)}
+
+
+def kinds_of(clients: Sequence[Client]) -> dict[str, str]:
+    """Kind of each honest client; {} where all are iid, as nothing is to be told apart then."""
+    kinds = {c.name: str(c.kind) for c in clients if not c.malicious}
+    return kinds if set(kinds.values()) - {"iid"} else {}
 
 
 def make_attack(experiment: Experiment) -> Attack:
@@ -112,15 +157,15 @@ class _Deal:
     """Deals the clients' part of a source, each row once."""
 
     def __init__(self, rows: Sequence[Example], seed: int, key: str) -> None:
-        self._rows = data.shuffled(data.part(rows, "clients"), seed_of(seed, key))
+        self.rows = data.shuffled(data.part(rows, "clients"), seed_of(seed, key))
         self._at, self._key = 0, key
 
     def take(self, count: int) -> list[Example]:
-        taken = self._rows[self._at : self._at + count]
+        taken = self.rows[self._at : self._at + count]
         self._at += count
         if len(taken) < count:
             raise ConfigError(
-                f"{self._key}: its clients' part has {len(self._rows)} rows, more are needed; "
+                f"{self._key}: its clients' part has {len(self.rows)} rows, more are needed; "
                 "lower clients.examples or clients.total, or name more data"
             )
         return taken

@@ -14,6 +14,7 @@ import numpy as np
 from assay import run_dir
 from assay.config import Experiment
 from assay.federated.defence import level_name, names
+from assay.federated.evaluate import metric_names
 from assay.federated.preparation import Prepared
 from assay.metrics import auroc, tpr_at_fpr
 
@@ -25,8 +26,13 @@ def summarise(
     malicious: Mapping[str, bool],
     prepared: Prepared,
     command: str,
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Everything the report and a bench need; `metrics` is flat, with the names of DESIGN.md."""
+    """Everything the report and a bench need; `metrics` is flat, with the names of DESIGN.md.
+
+    `kinds` says what sort of rows each honest client has, where they are not all iid.
+    """
+    kinds = kinds or {}
     rounds = list(_round_entries(directory))
     last = rows[-1]
     seconds: dict[str, float] = {}
@@ -54,12 +60,12 @@ def summarise(
         },
         "setting": _setting(experiment),
         "participants": {name: "malicious" if bad else "honest" for name, bad in malicious.items()},
+        **({"kinds": dict(kinds)} if kinds else {}),
         "seconds": seconds,
         "metrics": {
-            "refusal_rate": last["refusal_rate"],
-            "over_refusal_rate": last["over_refusal_rate"],
-            "benign_loss": last["benign_loss"],
+            **{name: last[name] for name in metric_names(experiment)},
             **weight_metrics(rows, malicious),
+            **weight_by_kind(rows, kinds),
         },
         "detection": detection(rounds, malicious),
         "honest_weight_min": _honest_minimum(rows, malicious),
@@ -81,6 +87,17 @@ def weight_metrics(rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, bo
         "honest_weight_mean": float(np.mean(honest)) if honest else None,
         "malicious_weight_mean": float(np.mean(dishonest)) if dishonest else None,
     }
+
+
+def weight_by_kind(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) -> dict[str, float]:
+    """Mean weight of the honest clients of each kind there is: honest_weight_iid, _skewed, _strangers."""
+    names = {"iid": "honest_weight_iid", "skewed": "honest_weight_skewed", "stranger": "honest_weight_strangers"}
+    kept: dict[str, list[float]] = {}
+    for row in rows:
+        for name, weight in row["weights"].items():
+            if name in kinds:
+                kept.setdefault(names[kinds[name]], []).append(weight)
+    return {name: float(np.mean(kept[name])) for name in names.values() if name in kept}
 
 
 def detection(rounds: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) -> dict[str, dict[str, float | None]]:
@@ -128,6 +145,9 @@ def _setting(experiment: Experiment) -> dict[str, Any]:
         "clients": clients.total,
         "malicious": clients.malicious_count,
         "sampled": clients.per_round,
+        "partition": clients.partition if clients.partition == "iid" else f"dirichlet({clients.alpha:g})",
+        "size_spread": clients.size_spread,
+        "strangers": clients.stranger_count,
         "rounds": training.rounds,
         "steps": training.steps,
         "learning_rate": training.lr,
