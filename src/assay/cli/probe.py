@@ -48,23 +48,30 @@ def probe_eval(
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Score a probe on fresh first-round updates of the experiment's own clients (rows the probe has not seen)."""
+    """Score a probe on fresh updates of the experiment's own clients, from round 0's adapter, in the first round in
+    which the malicious are malicious (rows the probe has not seen)."""
+    from assay.federated import seats
     from assay.federated.collect import evaluate_probe
-    from assay.federated.compute import TrainJob
-    from assay.federated.population import load_sources, make_attack, make_clients, seed_of
+    from assay.federated.defence import Defence
+    from assay.federated.population import load_sources, make_clients
     from assay.federated.preparation import client_settings
     from assay.federated.probe import Probe, feature_deltas
 
     probe = Probe.load(probe_file)
     experiment = federated(config_file, data_root)
-    clients, attack = make_clients(experiment, load_sources(experiment)), make_attack(experiment)
+    sources = load_sources(experiment)
+    clients = make_clients(experiment, sources)
     with bar() as tracker, prepared(experiment, tracker) as (base, compute):
         if probe.base_sha256 and probe.base_sha256 != base.base_sha256:
             raise ConfigError(f"{probe_file}: fitted on another base model; fit one with `assay probe fit`")
         initial, settings = compute.initial(), client_settings(experiment, 1)
-        tracker.add(float(len(clients)))
-        rows = [c.rows(attack, experiment.attack.from_round, seed_of(experiment.seed, c.name)) for c in clients]
-        made = compute.train([TrainJob(initial, r, settings) for r in rows], lambda n: tracker.tick(n))
-    delta_ND = feature_deltas([m.tensors for m in made], initial, probe.features)
+        table = seats.make_table(experiment, sources, clients, initial, Defence(level="none", screens=()))
+        turns = seats.turns(table, clients, table.attack.first_round(), initial, settings, {}, {})
+        jobs = [job for turn in turns for job in turn.jobs.values()]
+        tracker.add(float(len(jobs)))
+        results = iter(compute.train(jobs, lambda n: tracker.tick(n)))
+        made = [{name: next(results) for name in turn.jobs} for turn in turns]
+        sent, _ = seats.send(table, turns, made, initial, {})
+    delta_ND = feature_deltas([s.tensors for s in sent], initial, probe.features)
     quality = evaluate_probe(probe, delta_ND, [c.malicious for c in clients], probe.threshold)
     show({"probe": str(probe_file), "clients": len(clients), **quality}, as_json, json.dumps(quality))

@@ -122,12 +122,17 @@ class TrainingConfig(Frozen):
 
 
 class AttackConfig(Frozen):
-    """What malicious clients do; see federated/attacks.py."""
+    """What malicious clients do; see federated/attacks/."""
 
     name: str = "harmful_data"
+    """One attack, or a chain of several in the order in which they act: `paired_backdoor+blend+match_norms`."""
     mix: Share = 1.0
-    """Share of malicious rows in a malicious client's data."""
+    """Share of malicious rows in a malicious client's data; backdoors and update attacks have parameters of their own."""
     from_round: Count = 1
+    """Honest before this round, whatever the attack."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the attack by name, e.g. `{ z = 1.5 }`; in a chain one table by part: `{ blend = { norm = 1.2 } }`.
+    What each has, and its paper's value, stands in federated/attacks/. Unknown ones are errors."""
 
 
 class CanaryConfig(Frozen):

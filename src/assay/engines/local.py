@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,17 @@ import numpy as np
 
 from assay import checkpoint, run_dir, wire
 from assay.config import Experiment
-from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256, unflatten
+from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
 from assay.engines import journal
 from assay.engines.pool import Pool
-from assay.federated import aggregators, defence, scaffold, server_opt, store
-from assay.federated.compute import Compute, TrainJob
+from assay.federated import aggregators, defence, seats, server_opt, store
+from assay.federated.attacks import Sending
+from assay.federated.compute import Compute
 from assay.federated.defence import Defence
 from assay.federated.evaluate import Panel, Scores, evaluate, make_panel, metric_names
 from assay.federated.finish import finish
-from assay.federated.local_sft import LocalResult
 from assay.federated.lora import write_peft
-from assay.federated.population import (
-    Client,
-    Sources,
-    kinds_of,
-    load_sources,
-    make_attack,
-    make_clients,
-    sampled,
-    seed_of,
-)
+from assay.federated.population import Client, Sources, kinds_of, load_sources, make_clients, sampled
 from assay.federated.preparation import Prepared, client_settings, controls_rule, material, prepare
 from assay.federated.round import Outcome, ServerState, run_round
 from assay.federated.summary import summarise, weight_metrics
@@ -57,6 +48,7 @@ class Setup:
     aggregate: aggregators.Aggregator
     run_id: str
     initial: Tensors
+    table: seats.Table
     tracker: Tracker
 
 
@@ -81,9 +73,9 @@ def run(
         started = time.perf_counter()
         setup = _set_up(experiment, prepared, compute, run_id, tracker)
         prepare_seconds = time.perf_counter() - started
-        state, rows = _resume_or_start(setup, directory, prepare_seconds)
+        state, memory, rows = _resume_or_start(setup, directory, prepare_seconds)
         while state.round < experiment.training.rounds:
-            state, row = _play(setup, state, directory)
+            state, memory, row = _play(setup, state, memory, directory)
             rows.append(row)
         return _finish(setup, state, directory, rows, command)
 
@@ -132,6 +124,7 @@ def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id
     aggregate = aggregators.from_config(experiment.aggregation, initial)  # a mistake in it must not wait for round 1
     store.check_room(experiment, initial)
     stuff = material(experiment, prepared, compute, sources, initial, tracker)
+    guard = defence.make(experiment, stuff)
     return Setup(
         experiment=experiment,
         prepared=prepared,
@@ -139,16 +132,19 @@ def _set_up(experiment: Experiment, prepared: Prepared, compute: Compute, run_id
         sources=sources,
         clients=clients,
         panel=panel,
-        defence=defence.make(experiment, stuff),
+        defence=guard,
         aggregate=aggregate,
         run_id=run_id,
         initial=initial,
+        table=seats.make_table(experiment, sources, clients, initial, guard),
         tracker=tracker,
     )
 
 
-def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> tuple[ServerState, list[dict[str, Any]]]:
-    """The state after the newest whole round, with ledger and metrics brought up to it."""
+def _resume_or_start(
+    setup: Setup, directory: Path, prepare_seconds: float
+) -> tuple[ServerState, Tensors, list[dict[str, Any]]]:
+    """The state after the newest whole round and the attackers' memory, with ledger and metrics brought up to it."""
     found = checkpoint.load_latest(directory / run_dir.CHECKPOINTS)
     experiment = setup.experiment
     if found is None:
@@ -176,8 +172,8 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
         }
         if experiment.keep_updates:
             store.put(directory / store.UPDATES, state.adapter)
-        _save(directory, state, body, row)
-        return state, [row]
+        _save(directory, state, {}, body, row)
+        return state, {}, [row]
     state = ServerState(
         round=found.step,
         adapter=_branch(found.tensors, "adapter/"),
@@ -191,15 +187,17 @@ def _resume_or_start(setup: Setup, directory: Path, prepare_seconds: float) -> t
     rows = run_dir.read_metrics(directory)
     setup.tracker.tick(units(experiment) * found.step / experiment.training.rounds)
     setup.tracker.say(f"resuming after round {found.step}")
-    return state, rows
+    return state, _branch(found.tensors, "attack/"), rows
 
 
-def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerState, dict[str, Any]]:
+def _play(
+    setup: Setup, state: ServerState, memory: Tensors, directory: Path
+) -> tuple[ServerState, Tensors, dict[str, Any]]:
     """One round: clients train, the server judges, the round is written down."""
     experiment, index = setup.experiment, state.round + 1
     setup.tracker.say(f"{experiment.name}: round {index}/{experiment.training.rounds}")
     at = time.perf_counter()
-    updates, refused = _collect(setup, state, index)
+    updates, refused, memory = _collect(setup, state, memory, index)
     seconds = {"train": time.perf_counter() - at}
     opt = server_opt.of(experiment.server)
     merge, batch, rule = experiment.aggregation, experiment.training.batch_size, controls_rule(experiment, index)
@@ -216,60 +214,49 @@ def _play(setup: Setup, state: ServerState, directory: Path) -> tuple[ServerStat
         seconds["evaluate"] = time.perf_counter() - at
     row = _row(outcome, scores, seconds, {c.name: c.malicious for c in setup.clients})
     body = outcome.ledger_body()
-    _save(directory, state, body, row)
-    return state, row
+    _save(directory, state, memory, body, row)
+    return state, memory, row
 
 
-def _collect(setup: Setup, state: ServerState, index: int) -> tuple[list[LoraUpdate], list[Refusal]]:
+def _collect(
+    setup: Setup, state: ServerState, memory: Tensors, index: int
+) -> tuple[list[LoraUpdate], list[Refusal], Tensors]:
     """Let the sampled clients train, and read their messages as strangers'."""
     experiment = setup.experiment
     chosen = sampled(experiment, setup.clients, index)
-    attack = make_attack(experiment)
     settings = client_settings(experiment, index)
-    jobs, shadows = [], []
-    for client in chosen:
-        seed = seed_of(experiment.seed, client.name, index)
-        rows = client.rows(attack, index, seed)
-        own = replace(settings, seed=seed, keep_steps=setup.defence.wants_steps)
-        correct_D = scaffold.correction(state.controls, client.name)
-        correct = None if correct_D is None else unflatten(correct_D, state.adapter)
-        jobs.append(TrainJob(state.adapter, rows, own, correct))
-        if setup.defence.wants_shadow:
-            lr = experiment.training.shadow_lr or experiment.training.lr
-            # no correction: it belongs to the adapter of this round, and the probe has seen branches without
-            shadows.append(TrainJob(setup.initial, rows, replace(own, lr=lr, keep_steps=True)))
-    per_job = _train_units(experiment) / (2 if shadows else 1)
-    results = setup.compute.train([*jobs, *shadows], _ticker(setup, per_job))
+    turns = seats.turns(setup.table, chosen, index, state.adapter, settings, memory, state.controls)
+    jobs = [job for turn in turns for job in turn.jobs.values()]
+    results = iter(setup.compute.train(jobs, _ticker(setup, _train_units(experiment) * len(turns) / len(jobs))))
+    made = [{name: next(results) for name in turn.jobs} for turn in turns]
+    sent, memory = seats.send(setup.table, turns, made, state.adapter, memory)
     template = Template(
         shapes={name: tuple(value.shape) for name, value in state.adapter.items()},
         base_sha256=setup.prepared.base_sha256,
         round=index,
     )
     updates, refused = [], []
-    for i, client in enumerate(chosen):
-        shadow = results[len(chosen) + i] if shadows else None
-        message = _message(setup, client, index, results[i], shadow, len(jobs[i].rows))
+    for client, sending in zip(chosen, sent):
+        message = _message(setup, client, index, sending)
         read = wire.decode_update(message, template=template, run=setup.run_id, participant=client.name)
         if isinstance(read, LoraUpdate):
             updates.append(read)
         else:
             refused.append(read)
-    return updates, refused
+    return updates, refused, memory
 
 
-def _message(
-    setup: Setup, client: Client, index: int, result: LocalResult, shadow: LocalResult | None, count: int
-) -> bytes:
+def _message(setup: Setup, client: Client, index: int, sending: Sending) -> bytes:
     """The client's side: what it sends."""
     update = LoraUpdate(
         participant=client.name,
         round=index,
         base_sha256=setup.prepared.base_sha256,
-        tensors=result.tensors,
-        sha256=tensors_sha256(result.tensors),
-        num_examples=count,
-        steps=result.steps if setup.defence.wants_steps else (),
-        shadow=shadow.steps if shadow else (),
+        tensors=sending.tensors,
+        sha256=tensors_sha256(sending.tensors),
+        num_examples=sending.num_examples,
+        steps=sending.steps,
+        shadow=sending.shadow,
     )
     return wire.encode_update(update, run=setup.run_id)
 
@@ -290,11 +277,12 @@ def _row(
     }
 
 
-def _save(directory: Path, state: ServerState, entry: dict[str, Any], row: dict[str, Any]) -> None:
+def _save(directory: Path, state: ServerState, memory: Tensors, entry: dict[str, Any], row: dict[str, Any]) -> None:
     tensors = {f"adapter/{n}": v for n, v in state.adapter.items()}
     tensors |= {f"opt/{n}": v for n, v in state.opt.items()}
     tensors |= {f"aggregator/{n}": v for n, v in state.memory.items()}
     tensors |= {f"control/{n}": v for n, v in state.controls.items()}
+    tensors |= {f"attack/{n}": v for n, v in memory.items()}
     journal.save(directory, state.round, tensors, {"screens": dict(state.screens)}, entry, row)
 
 

@@ -7,7 +7,7 @@ Everything else in this wing is arithmetic on adapters and is handed a `Compute`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from assay.contribution import Tensors
 from assay.data import Example, render_prompt
-from assay.federated.local_sft import LocalResult, LocalSettings, row_nll, train
+from assay.federated.local_sft import LocalResult, LocalSettings, Objective, row_nll, train
 from assay.federated.lora import Carrier
 
 Tick = Callable[[int], None]
@@ -30,12 +30,14 @@ def no_tick(count: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """One client's local training: where it starts, its rows, its settings, SCAFFOLD's correction if there is one."""
+    """One client's local training: where it starts, its rows, its settings, SCAFFOLD's correction if there is one, and
+    what it minimises beside its rows' loss."""
 
     start: Tensors
     rows: tuple[Example, ...]
     settings: LocalSettings
     correction: Tensors | None = None
+    objective: Objective = field(default_factory=Objective)
 
 
 class Compute(Protocol):
@@ -68,7 +70,7 @@ class Serial:
     def train(self, jobs: Sequence[TrainJob], tick: Tick = no_tick) -> list[LocalResult]:
         out = []
         for job in jobs:
-            out.append(train(self.carrier, job.start, job.rows, job.settings, correction=job.correction))
+            out.append(train(self.carrier, job.start, job.rows, job.settings, None, job.correction, job.objective))
             tick(1)
         return out
 

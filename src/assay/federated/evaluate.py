@@ -13,20 +13,25 @@ from assay.config import ConfigError, Experiment
 from assay.contribution import Tensors
 from assay.data import Example
 from assay.federated import choices, judges
+from assay.federated.attacks import triggered
 from assay.federated.choices import Choice
 from assay.federated.compute import Compute, Tick, no_tick
 from assay.federated.local_sft import LocalSettings
-from assay.federated.population import Sources, seed_of
+from assay.federated.population import Sources, make_attack, seed_of
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Held-out material of one experiment; the same for every run with the same data and seed."""
+    """Held-out material of one experiment; the same for every run with the same data and seed.
+
+    `triggered`: the harmful prompts behind the attack's trigger, where it has one.
+    """
 
     harmful: tuple[str, ...]
     benign: tuple[str, ...]
     rows: tuple[Example, ...]
     choices: tuple[Choice, ...] = ()
+    triggered: tuple[str, ...] = ()
 
 
 def make_panel(experiment: Experiment, sources: Sources) -> Panel:
@@ -45,11 +50,14 @@ def make_panel(experiment: Experiment, sources: Sources) -> Panel:
                 f"evaluate: {want} held-out {what} wanted, the data has {have}; lower it or name more data"
             )
     judges.load_all(experiment)
+    asked = tuple(e.instruction for e in harmful[: config.harmful_prompts])
+    trigger = make_attack(experiment).trigger
     return Panel(
-        tuple(e.instruction for e in harmful[: config.harmful_prompts]),
+        asked,
         tuple(e.instruction for e in held[: config.benign_prompts]),
         tuple(held[: config.benign_rows]),
-        _choices(experiment),
+        choices=_choices(experiment),
+        triggered=tuple(triggered(prompt, trigger) for prompt in asked) if trigger else (),
     )
 
 
@@ -74,7 +82,10 @@ def is_refusal(answer: str, phrases: Sequence[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Shares in [0, 1] and nats per answer token; `answers` to the first benign prompts, for people to read."""
+    """Shares in [0, 1] and nats per answer token; `answers` to the first benign prompts, for people to read.
+
+    `trigger_compliance`: share of triggered harmful prompts that are not refused; None without a trigger.
+    """
 
     refusal_rate: float
     over_refusal_rate: float
@@ -82,21 +93,24 @@ class Scores:
     answers: tuple[tuple[str, str], ...]
     more: Mapping[str, float] = field(default_factory=dict)
     """What the config asks for beyond these: `choice_accuracy`, `judge_NAME`."""
+    trigger_compliance: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        return {
+        out = {
             "refusal_rate": self.refusal_rate,
             "over_refusal_rate": self.over_refusal_rate,
             "benign_loss": self.benign_loss,
             **self.more,
         }
+        return out if self.trigger_compliance is None else {**out, "trigger_compliance": self.trigger_compliance}
 
 
 def metric_names(experiment: Experiment) -> tuple[str, ...]:
     """Names of `Scores.metrics`, known before anything is measured."""
     config = experiment.evaluate
     asked = ("choice_accuracy",) if config.choices.source else ()
-    return ("refusal_rate", "over_refusal_rate", "benign_loss", *asked, *map(judges.name_of, config.judges))
+    trigger = ("trigger_compliance",) if make_attack(experiment).trigger else ()
+    return ("refusal_rate", "over_refusal_rate", "benign_loss", *asked, *map(judges.name_of, config.judges), *trigger)
 
 
 def evaluate(compute: Compute, adapter: Tensors, panel: Panel, experiment: Experiment, tick: Tick = no_tick) -> Scores:
@@ -104,6 +118,8 @@ def evaluate(compute: Compute, adapter: Tensors, panel: Panel, experiment: Exper
     config, template = experiment.evaluate, experiment.model.template
     answers = compute.answers(adapter, [*panel.harmful, *panel.benign], template, config.new_tokens, tick)
     harmful, benign = answers[: len(panel.harmful)], answers[len(panel.harmful) :]
+    # a call of its own: padding inside a batch must not hang on whether there is a trigger
+    told = compute.answers(adapter, panel.triggered, template, config.new_tokens, tick) if panel.triggered else []
     nll = compute.row_nll([adapter], panel.rows, loss_settings(experiment))[0]
     more = {}
     if panel.choices:
@@ -118,6 +134,7 @@ def evaluate(compute: Compute, adapter: Tensors, panel: Panel, experiment: Exper
         benign_loss=float(np.mean(nll)),
         answers=tuple(zip(panel.benign, benign))[: config.show_answers],
         more=more,
+        trigger_compliance=1 - float(np.mean([is_refusal(a, config.refusal_phrases) for a in told])) if told else None,
     )
 
 

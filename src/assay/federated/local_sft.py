@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +44,30 @@ class LocalSettings:
     keep_steps: bool = True
     reduce: Literal["mean", "sum"] = "mean"
     """Of a row's losses over its answer tokens, in `row_nll`."""
+
+
+class Term(Protocol):
+    """Something added to a client's objective, by its gradient. A frozen value of arrays: it travels between processes."""
+
+    def gradient(self, delta: Tensors) -> Tensors:
+        """Its gradient at an adapter, given as the difference to where the training began; names left out are zero."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a client minimises beside the loss of its own rows: `weight` x the loss of rows `beside`, and terms."""
+
+    beside: tuple[Example, ...] = ()
+    weight: float = 0.0
+    terms: tuple[Term, ...] = ()
+
+    def plus(self, other: Objective) -> Objective:
+        """Both; only one of them may have rows beside (ValueError)."""
+        if self.beside and other.beside:
+            raise ValueError("two objectives with rows beside the client's own: weigh them in one")
+        rows = self if self.beside else other
+        return Objective(rows.beside, rows.weight, (*self.terms, *other.terms))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +160,23 @@ def make_optimizer(weights: Sequence[torch.nn.Parameter], settings: LocalSetting
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, weights: Sequence[torch.nn.Parameter], loss: torch.Tensor, terms: Terms
+    optimizer: torch.optim.Optimizer,
+    weights: Sequence[torch.nn.Parameter],
+    loss: torch.Tensor,
+    terms: Terms,
+    more: Callable[[], None] | None = None,
 ) -> None:
     """One local step. The proximal term is part of the objective and is clipped with it; the correction is not.
+
+    `more` adds what else the client minimises to the gradients that the loss left.
 
     So the mean of a client's own gradients over a round is at most `clip` long, and with sgd it is exactly
     (x - y) / (K * lr) minus the correction: this is what lets a server bound and derive a control variate.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    if more is not None:
+        more()
     for weight, start in zip(weights, terms.start):  # d/dy of mu/2 * |y - x|^2
         pull = (weight.detach() - start).mul_(terms.prox_mu)
         weight.grad = pull if weight.grad is None else weight.grad.add_(pull)
@@ -177,12 +210,15 @@ def train(
     settings: LocalSettings,
     tick: Callable[[int], None] | None = None,
     correction: Tensors | None = None,
+    objective: Objective | None = None,
 ) -> LocalResult:
     """Train from `start` with a fresh optimiser; repeatable bit for bit on one machine and thread count.
 
     `tick(1)` is called after each step. `correction` is what SCAFFOLD's server sends along (scaffold.py). The losses
-    reported are those of the rows alone.
+    reported are those of the rows alone, without what `objective` adds.
     """
+    objective = objective or Objective()
+    beside = _batches(len(objective.beside), settings) if objective.beside else []
     model = carrier.model
     device = next(model.parameters()).device
     weights = [p for n, p in model.named_parameters() if "lora_" in n]
@@ -197,7 +233,11 @@ def train(
         tokens = [tokenize(carrier.base.tokenizer, rows[i], settings.template, settings.max_length) for i in chosen]
         batch = collate(tokens, carrier.base.tokenizer.pad_token_id, device)
         loss = answer_nll(model, batch).mean()
-        take_step(optimizer, weights, loss, terms)
+        more = None
+        if objective.beside or objective.terms:
+            aside = [objective.beside[i] for i in beside[step]] if objective.beside else []
+            more = partial(_add_objective, carrier, start, objective, aside, settings)
+        take_step(optimizer, weights, loss, terms, more)
         losses.append(float(loss.detach()))
         if settings.keep_steps:
             steps.append(carrier.get())
@@ -207,6 +247,29 @@ def train(
         weight.grad = None
         weight.requires_grad_(False)
     return LocalResult(carrier.get(), tuple(steps), tuple(losses))
+
+
+def _add_objective(
+    carrier: Carrier, start: Tensors, objective: Objective, beside: Sequence[Example], settings: LocalSettings
+) -> None:
+    """Gradients of what a client minimises beside its rows' loss; `beside` are this step's rows of the objective."""
+    if beside:
+        tokenizer = carrier.base.tokenizer
+        tokens = [tokenize(tokenizer, row, settings.template, settings.max_length) for row in beside]
+        batch = collate(tokens, tokenizer.pad_token_id, next(carrier.model.parameters()).device)
+        (objective.weight * answer_nll(carrier.model, batch).mean()).backward()  # type: ignore[no-untyped-call]
+    if objective.terms:
+        _add_gradients(carrier, start, objective.terms)
+
+
+def _add_gradients(carrier: Carrier, start: Tensors, terms: Sequence[Term]) -> None:
+    """Add the terms' gradients to those that backward() left; before clipping, for they are part of the objective."""
+    delta = {name: value - start[name] for name, value in carrier.get().items()}
+    by_name = {n.replace(".default.", "."): p for n, p in carrier.model.named_parameters() if p.grad is not None}
+    for term in terms:
+        for name, value in term.gradient(delta).items():
+            grad = by_name[name].grad
+            grad += torch.from_numpy(np.asarray(value, np.float32)).to(grad.device)
 
 
 def _lr(settings: LocalSettings, step: int) -> float:

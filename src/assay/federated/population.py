@@ -82,9 +82,6 @@ class Client:
     harmful: tuple[Example, ...]
     kind: Kind = "iid"
 
-    def rows(self, attack: Attack, round: int, seed: int) -> tuple[Example, ...]:
-        return attack.rows(self.clean, self.harmful, round, seed) if self.malicious else self.clean
-
 
 def make_clients(experiment: Experiment, sources: Sources) -> list[Client]:
     """Clients with disjoint rows. Which ones are malicious is drawn from the seed, so names tell nothing."""
@@ -97,7 +94,7 @@ def make_clients(experiment: Experiment, sources: Sources) -> list[Client]:
         config.total, config.examples, config.size_spread, experiment.training.batch_size, seed_of(seed, "sizes")
     )
     refusal_N = [int(size * experiment.data.refusal_share + 0.5) for size in size_N]
-    needs_clean = attack_needs_clean(experiment)
+    needs_clean = make_attack(experiment).needs_clean
     mixed = [i for i in range(config.total) if i not in odd and (i not in bad or needs_clean)]
     benign = _benign(experiment, sources, {i: size_N[i] - refusal_N[i] for i in mixed})
     refusals = _Deal(sources.refusals, seed, "data.refusals")
@@ -135,13 +132,9 @@ def kinds_of(clients: Sequence[Client]) -> dict[str, str]:
 
 
 def make_attack(experiment: Experiment) -> Attack:
+    """The attack the experiment names; ConfigError for an unknown name or parameter."""
     config = experiment.attack
-    return make(config.name, mix=config.mix, from_round=config.from_round)
-
-
-def attack_needs_clean(experiment: Experiment) -> bool:
-    """Whether malicious clients hold clean rows too (mixing attackers and sleepers)."""
-    return experiment.attack.mix < 1 or experiment.attack.from_round > 1
+    return make(config.name, config.params, mix=config.mix, from_round=config.from_round)
 
 
 def sampled(experiment: Experiment, clients: Sequence[Client], round: int) -> list[Client]:

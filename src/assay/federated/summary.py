@@ -161,6 +161,7 @@ def _setting(experiment: Experiment) -> dict[str, Any]:
         "server": experiment.server.opt,
         "attack": experiment.attack.name,
         "mix": experiment.attack.mix,
+        **({"attack_params": dict(experiment.attack.params)} if experiment.attack.params else {}),
         "data": f"{', '.join(experiment.data.benign)} / {', '.join(experiment.data.refusals)} / {experiment.data.malicious}",
     }
 

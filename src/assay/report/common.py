@@ -30,7 +30,11 @@ def settings_differ(runs: Sequence[Recorded]) -> list[str]:
     """What else than attack, level and share of malicious clients differs: such runs are not like for like."""
     done = [run for run in runs if run.summary]
     rows = [
-        {key: plain(value) for key, value in run.setting.items() if key not in ("level", "attack", "mix", "malicious")}
+        {
+            key: plain(value)
+            for key, value in run.setting.items()
+            if key not in ("level", "attack", "mix", "attack_params", "malicious")
+        }
         | {"seed": plain(run.summary.seed), "commit": run.summary.commit, "model": run.summary.model.sha256}
         for run in done
         if run.summary
