@@ -208,7 +208,10 @@ def _find(name: str) -> Callable[..., Any]:
 
 def _parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     fixed = build.keywords if isinstance(build, partial) else {}
-    return {n: p for n, p in inspect.signature(build).parameters.items() if n not in fixed}
+    try:
+        return {n: p for n, p in inspect.signature(build).parameters.items() if n not in fixed}
+    except ValueError:  # a builtin: nothing is known of its parameters, so none can be given
+        return {}
 
 
 def _build(name: str, build: Callable[..., Any], known: Mapping[str, inspect.Parameter], own: Mapping[str, Any]) -> Any:

@@ -22,17 +22,19 @@ class Sybil:
     """One attacker under many names: all send near copies of the leader's update, each with noise of its own.
 
     Knows that exact copies are counted once. Two noisy copies have cosine 1 / (1 + noise^2): .05 gives .9975, below the
-    .9995 at which `duplicate` speaks. Stands first in a chain.
+    .9995 at which `duplicate` speaks. `leader` False: noise on each one's own update instead, for attacks whose colluders
+    would all send the same (`alie+sybil`); with True it stands first in a chain.
     """
 
     noise: float = 0.05
+    leader: bool = True
 
     def __post_init__(self) -> None:
         check_positive("noise", self.noise)
 
     def change(self, seat: Seat, delta_D: Delta, seen: Seen) -> Delta:
-        leader_D = delta_of(seat, seen.colluders[0]["main"])
-        return leader_D if seat.place == 0 else near_copy(leader_D, self.noise, seat.rng("sybil"))
+        base_D = delta_of(seat, seen.colluders[0]["main"]) if self.leader else delta_D
+        return base_D if seat.place == 0 else near_copy(base_D, self.noise, seat.rng("sybil"))
 
 
 @dataclass(frozen=True, slots=True)
