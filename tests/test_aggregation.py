@@ -5,6 +5,7 @@ Legend: N participants, D flattened adapter, r rank, I inputs, O outputs of a mo
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,26 @@ def test_tensors_that_are_no_factors_are_averaged_as_they_are() -> None:
     lonely = [{"x.lora_A.weight": np.ones((1, 2), np.float32)}]
     with pytest.raises(ConfigError, match="needs pairs of LoRA matrices"):
         average_products(lonely, np.ones(1))
+
+
+def test_memory_of_a_product_is_a_quarter_of_the_adapters() -> None:
+    """64 modules, as q and v of 32 layers; the result included."""
+    rng = np.random.default_rng(0)
+    adapters = [
+        {
+            f"layers.{m}.lora_{x}.weight": rng.standard_normal(s, np.float32)
+            for m in range(64)
+            for x, s in zip("AB", ((8, 256), (256, 8)))
+        }
+        for _ in range(16)
+    ]
+    tracemalloc.start()
+    try:
+        average_products(adapters, np.ones(16))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= sum(t.nbytes for a in adapters for t in a.values()) / 4
 
 
 # --- rounds -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -385,7 +385,12 @@ def test_f_attackers_cannot_leave_the_honest_range(
     bad = rng.choice(9, size=3, replace=False)
     delta_ND[bad] = where * (1 + spread * rng.random((3, 1)))
     honest_ND = np.delete(delta_ND, bad, axis=0)
-    out_D = make(name, **params)(delta_ND, np.ones(9))
+    try:
+        out_D = make(name, **params)(delta_ND, np.ones(9))
+    except ToleranceError:  # an estimate may count an honest stranger as well, and then say that it is too many
+        if "estimate" not in params.values():
+            raise
+        reject()
     assert (out_D >= honest_ND.min(axis=0)).all()
     assert (out_D <= honest_ND.max(axis=0)).all()
 

@@ -207,6 +207,35 @@ def test_sampling_aggregators_and_sleepers(tmp_path: Path, small: Experiment, pr
     assert all(len(r["weights"]) == 3 for r in run_dir.read_metrics(tmp_path / "variety")[1:])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "product", "aggregation__average": "product"},
+        {"name": "lasa", "aggregation__name": "lasa"},
+        {"name": "mixed", "aggregation__name": "geometric_median", "aggregation__pre": ("nnm",),
+         "aggregation__pre_params": {"nnm": {"f": "estimate"}}},
+    ],
+    ids=lambda changes: changes["name"],
+)  # fmt: skip
+def test_choices_of_aggregation_run(
+    changes: dict[str, Any], tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
+) -> None:
+    changed = small.changed(**changes, defence__level="none", training__rounds=1)
+    assert local.run(changed, tmp_path / "run", prepared, pool)["outcomes"] == {"applied": 1}
+    body = json.loads((tmp_path / "run" / run_dir.LEDGER).read_text().splitlines()[1])["body"]
+    assert body["model_before"] != body["model_after"]
+    # B starts at zero and A hardly moves in one round: nearly all of the exact average fits the rank
+    assert ("truncation" in body) == (changes["name"] == "product")
+    assert body.get("truncation", {"residual": 0.0})["residual"] < 0.5
+
+
+def test_a_mistake_in_the_aggregation_does_not_wait_for_the_first_round(
+    tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
+) -> None:
+    with pytest.raises(ConfigError, match="krum needs parameter 'f'"):
+        local.run(small.changed(name="krum", aggregation__name="krum"), tmp_path / "run", prepared, pool)
+
+
 def test_more_attackers_than_an_aggregator_bears_skip_the_round(
     tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
 ) -> None:
