@@ -8,7 +8,7 @@ import pytest
 
 from assay import config
 from assay.bench import swarm, tables
-from assay.bench.federated import ALL_LEVELS, suite, variants
+from assay.bench.federated import ALL_LEVELS, grid, suite, variants
 from assay.config import ConfigError, Experiment, SwarmExperiment
 from assay.federated.defence import LEVELS
 from assay.swarm import attacks, defence
@@ -26,6 +26,25 @@ def test_variants_differ_from_the_base_in_one_thing_each() -> None:
         changed = {k for k, v in run.model_dump().items() if v != base.model_dump()[k]} - {"name"}
         assert changed <= {"clients", "defence"}, name
     assert [e.seed for e in suite(base, ["step"], [3, 4])] == [3, 3, 3, 4, 4, 4]
+
+
+def test_a_grid_crosses_attacks_shares_levels_and_seeds() -> None:
+    made = grid(Experiment(), ["harmful_data", "strike+blend"], [0.0, 0.5], ["none", "submitted"], [0, 1])
+    assert len({e.name for e in made}) == len(made) == 2 * (1 + 1 + 2 * 2)
+    assert sum(e.clients.malicious == 0 for e in made) == 4, "honest only, and what the level costs them"
+    assert {(e.attack.name, e.defence.level) for e in made if e.clients.malicious} == {
+        (a, d) for a in ("harmful_data", "strike+blend") for d in ("none", "submitted")
+    }
+    assert all("/" not in e.name and "%" not in e.name for e in made)
+
+
+def test_a_backdoor_has_its_column_and_an_attack_its_name() -> None:
+    plain, trigger = row(0, 0.9), row(0, 0.8, attack="backdoor")
+    trigger["trigger_compliance"] = 0.75
+    text = tables.table(fake([plain, trigger]))  # type: ignore[arg-type]
+    assert "| trigger compliance |" in text
+    assert "| `step`, 50% malicious: backdoor | 0.800 | 0.750 |" in text
+    assert "| `step`, 50% malicious | 0.900 | – |" in text
 
 
 def fake(rows: list[dict[str, object]]) -> dict[str, object]:

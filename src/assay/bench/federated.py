@@ -1,4 +1,4 @@
-"""The federated suite: one experiment with honest clients only, attacked undefended, and attacked under each level."""
+"""The federated suites: every level against the experiment's attack, or a grid of attacks, malicious shares and levels."""
 
 from __future__ import annotations
 
@@ -27,6 +27,28 @@ def suite(base: Experiment, levels: Iterable[str], seeds: Sequence[int]) -> list
     levels = tuple(levels)
     several = len(seeds) > 1
     return [v for seed in seeds for v in variants(base.changed(seed=seed), levels, f".seed{seed}" if several else "")]
+
+
+def grid(
+    base: Experiment, attacks: Sequence[str], shares: Sequence[float], levels: Sequence[str], seeds: Sequence[int]
+) -> list[Experiment]:
+    """For every seed honest clients only, then every attack at every share of malicious clients under every level.
+
+    A share of 0 is no attack: under each level it shows what the defence costs honest clients.
+    """
+    out = []
+    for seed in seeds:
+        here, end = base.changed(seed=seed), f".seed{seed}" if len(seeds) > 1 else ""
+        out.append(here.changed(name=f"federated.honest_only{end}", clients__malicious=0.0, defence__level="none"))
+        for share in shares:
+            for attack in attacks if share else attacks[:1]:
+                for level in levels:
+                    if share == 0 and level == "none":
+                        continue
+                    name = f"federated.{attack if share else 'no_attack'}.{share:.0%}.{level}{end}".replace("%", "pct")
+                    changes = {"clients__malicious": share, "defence__level": level}
+                    out.append(here.changed(name=name, attack__name=attack, **changes))
+    return out
 
 
 def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:

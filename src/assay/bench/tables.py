@@ -66,16 +66,21 @@ def _federated_lines(found_rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in found_rows:
         key = (row["attack"], row["defence"], row["share"], row["aggregator"])
         groups.setdefault(key, []).append(row)
-    lines = ["| run | " + " | ".join([*COLUMNS, "seconds"]) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    columns = COLUMNS
+    if any("trigger_compliance" in row for row in found_rows):
+        columns = {"refusal": "refusal_rate", "trigger compliance": "trigger_compliance", **COLUMNS}
+    lines = ["| run | " + " | ".join([*columns, "seconds"]) + " |", "|---" * (len(columns) + 2) + "|"]
     for (attack, defence, share, aggregator), rows in groups.items():
         name = "honest only" if attack == "none" else "undefended" if defence == "none" else f"`{defence}`"
         if attack != "none":
             name += f", {share:.0%} malicious"
+        if attack not in ("none", "harmful_data"):
+            name += f": {attack}"
         if aggregator != "mean":
             name += f", {aggregator}"
         seconds = _cell([r["seconds"]["total"] for r in rows], 0)
         lines.append(
-            "| " + " | ".join([name, *(_cell([r[k] for r in rows]) for k in COLUMNS.values()), seconds]) + " |"
+            "| " + " | ".join([name, *(_cell([r.get(k) for r in rows]) for k in columns.values()), seconds]) + " |"
         )
     return lines
 

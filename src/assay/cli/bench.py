@@ -21,7 +21,13 @@ Results = Annotated[Path | None, typer.Option(help="JSON file to write the rows 
 @bench_app.command("federated")
 def bench_federated(
     config_file: Annotated[Path | None, typer.Option("--config", help="Base experiment; default: the demo's.")] = None,
-    levels: Annotated[str, typer.Option(help="Levels to try, separated by commas.")] = "submitted,step,client,shadow",
+    levels: Annotated[
+        str, typer.Option(help="Levels to try, separated by commas; with --attacks also `none`, undefended.")
+    ] = "submitted,step,client,shadow",
+    attacks: Annotated[
+        str, typer.Option(help="Attacks to try, separated by commas: a grid of attacks, shares and levels.")
+    ] = "",
+    shares: Annotated[str, typer.Option(help="With --attacks: shares of malicious clients.")] = "0.2,0.5,0.7",
     seeds: Seeds = "0",
     out: Out = Path("runs/bench"),
     results: Results = None,
@@ -34,7 +40,11 @@ def bench_federated(
 
     base = federated(config_file, data_root, settings or [])
     wanted = [level.strip() for level in levels.split(",") if level.strip()]
-    experiments = suite.suite(base, wanted, _numbers(seeds))
+    if attacks:
+        named = [name.strip() for name in attacks.split(",") if name.strip()]
+        experiments = suite.grid(base, named, _shares(shares), wanted, _numbers(seeds))
+    else:
+        experiments = suite.suite(base, wanted, _numbers(seeds))
     summaries = run_all(experiments, out)
     found = suite.results(_command(), base, experiments, summaries)
     _finish(found, experiments, summaries, out, results, as_json)
@@ -73,6 +83,16 @@ def _numbers(text: str) -> list[int]:
     if not (found := [s.strip() for s in text.split(",")]) or not all(n.isdigit() for n in found):
         raise ConfigError(f"--seeds: {text!r} is not a list of whole numbers such as 0,1,2")
     return [int(n) for n in found]
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        found = [float(s) for s in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= share < 1 for share in found):
+        raise ConfigError(f"--shares: {text!r} is not a list of shares from 0 to below 1, such as 0.2,0.5")
+    return found
 
 
 def _command() -> str:
