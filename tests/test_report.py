@@ -289,6 +289,28 @@ def test_unfinished_run_is_shown_as_such(tmp_path: Path) -> None:
     assert "No run is finished yet" in alone.text
 
 
+def test_further_measures_and_last_steps_are_shown(tmp_path: Path) -> None:
+    def more(summary: dict[str, Any]) -> None:
+        summary["metrics"] |= {"honest_weight_strangers": 0.875, "judge_reward": -1.55}
+        before, after = ({"refusal_rate": r, "over_refusal_rate": 0.0, "benign_loss": 0.2} for r in (0.31, 0.97))
+        summary["finish"] = [{"step": "safe_lora", "before": before, "after": after, "detail": {"projected": 3}}]
+
+    plain = make_run(tmp_path / "plain")
+    rich = make_run(tmp_path / "rich", change=more)
+    rows = [json.loads(line) for line in (rich / "metrics.jsonl").read_text().splitlines()]
+    (rich / "metrics.jsonl").write_text("".join(json.dumps(row | {"auroc": 0.75}) + "\n" for row in rows))
+    page = Page(write([plain, rich], tmp_path / "report.html"))
+    assert ["honest weight strangers", "–", "0.875"] in page.rows
+    assert ["judge reward", "–", "-1.550"] in page.rows
+    assert ["safe lora", "0.310 → 0.970", "0.000 → 0.000", "0.200 → 0.200"] in page.rows
+    assert page.data["runs"][1]["auroc"] == [0.75] * len(rows)
+    assert ["1", "–", "0.750"] in page.rows
+    bare = Page(write([plain], tmp_path / "bare.html"))
+    assert "Detection. AUROC" not in bare.text
+    assert "What else was measured" not in bare.text
+    assert "Last steps" not in bare.text
+
+
 def test_errors_are_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -416,6 +438,8 @@ def test_charts_are_drawn_in_a_browser(tmp_path: Path) -> None:
     runs = four_runs(tmp_path, names={0: HOSTILE, 6: LINK, 8: "<b>b</b>"})
     killed = make_run(tmp_path / "killed", change=lambda summary: None)
     (killed / "summary.json").unlink()
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    (killed / "metrics.jsonl").write_text("".join(json.dumps(row | {"auroc": 0.9}) + "\n" for row in rows))
     page = write([*runs, killed], tmp_path / "report.html")
     shot = tmp_path / "shot.png"
     dom = browse(page, tmp_path, "--window-size=1366,5200", f"--screenshot={shot}", "--dump-dom")
@@ -423,11 +447,11 @@ def test_charts_are_drawn_in_a_browser(tmp_path: Path) -> None:
     assert html
     assert 'data-assay="ready"' in html[0], html[0]
     assert "data-errors" not in html[0]
-    assert 'data-charts="10"' in html[0]  # three lines, weights and means of three runs, cost
+    assert 'data-charts="11"' in html[0]  # four lines, weights and means of three runs, cost
     assert "data-owned" not in html[0]
     body = dom.split('<script type="application/json"')[0]
-    assert body.count('class="main-svg"') >= 10
-    assert body.count("js-plotly-plot") == 10
+    assert body.count('class="main-svg"') >= 11
+    assert body.count("js-plotly-plot") == 11
     assert "evil.example" in body
     assert not re.search(r"<a[^>]*evil", body)
     assert "&lt;b&gt;b&lt;/b&gt;</text>" in body  # plotly would have made it bold

@@ -43,6 +43,7 @@ class RoundRow(Row):
     over_refusal_rate: Number = None
     benign_loss: Number = None
     mean_weight: Number = None
+    auroc: Number = None
     outcome: Text = ""
     weights: dict[Text, Number] = Field(default_factory=dict)
 

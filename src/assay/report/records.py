@@ -83,6 +83,14 @@ class Answer(Parsed):
     answer: Text
 
 
+class LastStep(Parsed):
+    """A step on the final adapter, with the metrics before and after it."""
+
+    step: Text
+    before: dict[Text, Number] = {}
+    after: dict[Text, Number] = {}
+
+
 class LedgerHead(Parsed):
     entries: int = 0
     head: Text = ""
@@ -109,6 +117,7 @@ class Summary(Parsed):
     metrics: dict[Text, Number] = {}
     detection: dict[Text, dict[Text, Number]] = {}
     reasons: tuple[ReasonCount, ...] = ()
+    finish: tuple[LastStep, ...] = ()
     ledger: LedgerHead | None = None
     answers: tuple[Answer, ...] = ()
 

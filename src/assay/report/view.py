@@ -41,6 +41,9 @@ METRICS = (
     ("malicious_weight_mean", "Weight, malicious", "nearer 0 is better", "Mean weight that malicious updates kept."),
 )
 
+BY_ROUND = 4
+"""So many of METRICS are drawn by round; the weights have charts of their own."""
+
 
 def build(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything the template prints that is not simply an attribute of a run."""
@@ -58,7 +61,9 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
         "costs": [cost(run) for run in runs],
         "stages": stages(runs),
         "screening": SCREENING,
-        "series": [(name, heading, _series(runs, name)) for name, heading, *_ in METRICS[:3]],
+        "series": [(name, heading, _series(runs, name)) for name, heading, *_ in METRICS[:BY_ROUND]],
+        "detected": any(row.auroc is not None for run in runs for row in run.rows),
+        "further": further(runs),
         "answers": told,
         "clients": clients(runs),
         "shared": shared,
@@ -66,6 +71,14 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
         "seeds": sorted({run.summary.seed for run in runs if run.summary and run.summary.seed is not None}),
         "models": sorted({run.summary.model.name for run in runs if run.summary and run.summary.model.name}),
     }
+
+
+def further(runs: Sequence[Run]) -> list[tuple[str, list[float | None]]]:
+    """What else was measured at the end (judges, multiple choice, weights by kind of client): one value per run."""
+    shown = {name for name, *_ in METRICS}
+    said = [run.summary.metrics if run.summary else {} for run in runs]
+    names = dict.fromkeys(name for metrics in said for name in metrics if name not in shown)
+    return [(name.replace("_", " "), [metrics.get(name) for metrics in said]) for name in names]
 
 
 def styles(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -204,7 +217,7 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
                 **style,
                 "rounds": [row.round for row in run.rows],
                 "applied": [row.outcome in ("applied", "start", "") for row in run.rows],
-                **{name: [getattr(row, name) for row in run.rows] for name, *_ in METRICS[:3]},
+                **{name: [getattr(row, name) for row in run.rows] for name, *_ in METRICS[:BY_ROUND]},
             }
             for run, style in zip(runs, styles(runs), strict=True)
         ],

@@ -1,6 +1,6 @@
 // Draws all charts when the page is there; fills what is opened.
 const kinds = {
-  refusal_rate: () => lines("refusal_rate", 360), over_refusal_rate: () => lines("over_refusal_rate", 240), benign_loss: () => lines("benign_loss", 240),
+  refusal_rate: () => lines("refusal_rate", 360), over_refusal_rate: () => lines("over_refusal_rate", 240), benign_loss: () => lines("benign_loss", 240), auroc: () => lines("auroc", 240),
   weights: heat, means, cost: () => cost(data),
   course, margins: histogram, grid, swarm_cost: () => cost(data.swarm),
 };
