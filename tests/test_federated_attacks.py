@@ -428,6 +428,9 @@ def test_a_surrogate_passes_the_real_probe_and_its_rows_are_remembered() -> None
         surrogate.BENIGN: (2, AT_B.size),
         surrogate.POISON: (2, AT_B.size),
     }
+    other = {surrogate.BENIGN: memory[surrogate.POISON], surrogate.POISON: memory[surrogate.BENIGN]}
+    changed = attack.send(replace(seat, memory=other), seen)
+    assert not np.array_equal(sent_delta(changed), sent_delta(sending)), "what is remembered is used"
     later = attack.remember(replace(seat, memory=memory), seen)
     assert later[surrogate.BENIGN].shape == (4, AT_B.size)
     for _ in range(20):

@@ -25,7 +25,7 @@ from assay.federated.defence import Defence
 from assay.federated.evaluate import Panel, Scores, evaluate, make_panel, metric_names
 from assay.federated.finish import finish
 from assay.federated.lora import write_peft
-from assay.federated.population import Client, Sources, kinds_of, load_sources, make_clients, sampled
+from assay.federated.population import Client, Sources, kinds_of, load_sources, make_attack, make_clients, sampled
 from assay.federated.preparation import Prepared, client_settings, controls_rule, material, prepare
 from assay.federated.round import Outcome, ServerState, run_round
 from assay.federated.summary import summarise, weight_metrics
@@ -65,6 +65,7 @@ def run(
     """Run or resume `experiment` in `directory`; returns the summary. A finished run is returned as it is."""
     tracker = tracker or Silent()
     run_dir.commit()
+    make_attack(experiment)  # a misspelt attack must not claim the directory
     with journal.locked(directory):
         run_id = _claim(directory, experiment, prepared, given)
         finished = run_dir.read_summary(directory)

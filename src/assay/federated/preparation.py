@@ -20,7 +20,7 @@ from assay.federated.compute import Compute
 from assay.federated.defence import Material
 from assay.federated.evaluate import loss_settings
 from assay.federated.local_sft import LocalSettings
-from assay.federated.population import Sources, load_sources
+from assay.federated.population import Sources, load_sources, make_attack
 from assay.federated.probe import Probe
 from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse
 from assay.federated.warmup import Aligned, WarmupSettings, aligned, places, rows_for
@@ -42,6 +42,7 @@ class Prepared:
 
 def prepare(experiment: Experiment, tracker: Tracker) -> Prepared:
     """Resolve, fetch and, where asked, align the base model."""
+    make_attack(experiment)  # minutes of warm-up are no place to find out that its name is misspelt
     config = experiment.model
     server_opt.of(experiment.server)  # a wrong knob is said now, not after minutes of preparation
     dtype = models.resolve_dtype(config.dtype)
