@@ -8,15 +8,14 @@ from typing import Any, TypeVar
 
 from assay.config.common import ConfigError, ModelConfig, Root, check
 from assay.config.federated import (
-    REFUSAL_PHRASES,
     AggregationConfig,
     AttackConfig,
     CanaryConfig,
     Experiment,
-    JudgeConfig,
     LoraSettings,
     ServerConfig,
 )
+from assay.config.measure import REFUSAL_PHRASES, JudgeConfig
 from assay.config.swarm import SwarmExperiment
 
 __all__ = [

@@ -20,7 +20,6 @@ from assay.federated.attacks import Attack, Branch, Handed, Seat, Seen, Sending
 from assay.federated.attacks.seat import Bank, Check, Delta, Linear, where
 from assay.federated.compute import TrainJob
 from assay.federated.defence import Defence
-from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
 from assay.federated.local_sft import LocalResult, LocalSettings
 from assay.federated.lora import feature_names
 from assay.federated.population import Client, Sources, make_attack, seed_of
@@ -132,7 +131,7 @@ def seat_of(
         initial=table.initial,
         settings=settings,
         shadow_lr=_shadow_lr(table),
-        examples=len(client.clean or client.harmful),
+        examples=len(client.harmful),  # as many as an honest client of its size has
         wants_steps=table.defence.wants_steps,
         wants_shadow=table.defence.wants_shadow,
         defence=handed,
@@ -188,10 +187,10 @@ def handed_over(table: Table, round: int, start: Tensors) -> Handed:
             checks.append(Check("neighbours", _ratio_of(screen, start, names), screen.limit))
         elif isinstance(screen, ProbeFilter):
             probe = _linear(screen.probe, screen.limit, start)
-        elif isinstance(
-            screen, StepLevel | ClientLevel | ShadowLevel | EvidenceLevel
-        ):  # these judge p(malicious) >= threshold
-            probe = _linear(screen.probe, float(np.log(screen.threshold / max(1e-9, 1 - screen.threshold))), start)
+        else:  # the paper's levels judge p(malicious) >= threshold
+            held, threshold = getattr(screen, "probe", None), getattr(screen, "threshold", None)
+            if isinstance(held, Probe) and threshold is not None:
+                probe = _linear(held, float(np.log(threshold / max(1e-9, 1 - threshold))), start)
     if probe is not None:
         checks.append(Check("probe", _logit_of(probe, start), probe.limit))
     return Handed(probe=probe, bank=bank, checks=tuple(checks), prompts=table.prompts)
