@@ -155,7 +155,7 @@ def test_rows_beside_the_clients_own_are_learnt_with_their_weight(small: Experim
     settings = replace(client_settings(small, 1), steps=6)
     start = pool.initial()
     made = pool.train([
-        TrainJob(start, tuple(harmful), settings, Objective(beside=tuple(refusals), weight=w)) for w in (0.0, 1.0, 4.0)
+        TrainJob(start, tuple(harmful), settings, objective=Objective(beside=tuple(refusals), weight=w)) for w in (0.0, 1.0, 4.0)
     ])  # fmt: skip
     plain = pool.train([TrainJob(start, tuple(harmful), settings)])[0]
     assert all(np.array_equal(plain.tensors[n], made[0].tensors[n]) for n in start), "weight 0 is not there at all"
