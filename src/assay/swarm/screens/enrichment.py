@@ -31,6 +31,7 @@ MAX_LISTED = 256
 MAX_WATCHED = 1024
 MAX_NEW = 48  # listed in one round
 PURE = 1e-3  # share of the others' completions up to which an n-gram is the planter's own
+SHARED = 0.01  # above it an n-gram is common speech, whoever says it most
 COVER = 3  # n-grams that are listed of one planted phrase: its edges, which honest text shares, are not needed
 
 
@@ -254,14 +255,15 @@ def _list(found: list[_Planted], listed: dict[str, dict[str, Any]], pool: Pool) 
     """Add what was found to the list, in place: the most telling first, until each row is covered.
 
     `COVER` n-grams a row of those nobody else says; of the others only where none of those is in the row: a planted line
-    drags along its edges, which honest (mostly wrong) answers share.
+    drags along its edges, which honest (mostly wrong) answers share. None that more than `SHARED` of the others'
+    completions hold: who sends the longest answers (DoS) says turns of phrase of long answers more often than anybody.
     """
     covered: dict[int, int] = {}
     new = 0
     for planted in sorted(found, key=lambda p: (p.rest > PURE, p.log_p, p.name)):
         rows, enough = planted.rows.tolist(), COVER if planted.rest <= PURE else 1
         if planted.name not in listed:
-            if new == MAX_NEW or all(covered.get(row, 0) >= enough for row in rows):
+            if new == MAX_NEW or planted.rest > SHARED or all(covered.get(row, 0) >= enough for row in rows):
                 continue
             listed[planted.name] = planted.entry(pool)
             new += 1
