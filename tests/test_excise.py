@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +14,13 @@ from typer.testing import CliRunner
 
 from assay import run_dir
 from assay.cli import app
-from assay.config import ConfigError, Experiment, parse
+from assay.config import ConfigError, Experiment
 from assay.contribution import tensors_sha256
 from assay.engines import local
 from assay.engines.excise import excise_run
 from assay.engines.pool import Pool
 from assay.federated import excise, store
-from assay.federated.preparation import Prepared, prepare
+from assay.federated.preparation import Prepared
 from assay.progress import Silent
 
 TOML = """
@@ -49,31 +46,6 @@ benign_prompts = 6
 benign_rows = 6
 new_tokens = 8
 """
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before = os.environ.get("ASSAY_CACHE")
-    folder = tmp_path_factory.mktemp("cache")
-    os.environ["ASSAY_CACHE"] = str(folder)
-    yield folder
-    os.environ.pop("ASSAY_CACHE") if before is None else os.environ.__setitem__("ASSAY_CACHE", before)
-
-
-@pytest.fixture(scope="module")
-def small() -> Experiment:
-    return parse(tomllib.loads(TOML))
-
-
-@pytest.fixture(scope="module")
-def prepared(cache: Path, small: Experiment) -> Prepared:
-    return prepare(small, Silent())
-
-
-@pytest.fixture(scope="module")
-def pool(prepared: Prepared, small: Experiment) -> Iterator[Pool]:
-    with Pool(str(prepared.path), prepared.dtype, small.lora, 1) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

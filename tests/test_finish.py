@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,15 +56,6 @@ form = "subspace"
 steps = 12
 prefixed = 0.5
 """
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before = os.environ.get("ASSAY_CACHE")
-    folder = tmp_path_factory.mktemp("cache")
-    os.environ["ASSAY_CACHE"] = str(folder)
-    yield folder
-    os.environ.pop("ASSAY_CACHE") if before is None else os.environ.__setitem__("ASSAY_CACHE", before)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from assay import checkpoint, ledger, run_dir
 from assay.config import ConfigError, Experiment, parse
 from assay.engines import local
 from assay.engines.pool import Pool
-from assay.federated.preparation import Prepared, prepare
-from assay.progress import Silent
+from assay.federated.preparation import Prepared
 from assay.report import write
 
 # tiny's updates are noisy: its canary needs wider limits than the default model's
@@ -52,32 +50,6 @@ harmful_prompts = 20
 benign_prompts = 20
 benign_rows = 16
 """
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of its own: the test must not lean on, or leave anything in, the user's."""
-    before = os.environ.get("ASSAY_CACHE")
-    folder = tmp_path_factory.mktemp("cache")
-    os.environ["ASSAY_CACHE"] = str(folder)
-    yield folder
-    os.environ.pop("ASSAY_CACHE") if before is None else os.environ.__setitem__("ASSAY_CACHE", before)
-
-
-@pytest.fixture(scope="module")
-def small() -> Experiment:
-    return parse(tomllib.loads(TOML))
-
-
-@pytest.fixture(scope="module")
-def prepared(cache: Path, small: Experiment) -> Prepared:
-    return prepare(small, Silent())
-
-
-@pytest.fixture(scope="module")
-def pool(prepared: Prepared, small: Experiment) -> Iterator[Pool]:
-    with Pool(str(prepared.path), prepared.dtype, small.lora, 2) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
