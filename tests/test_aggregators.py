@@ -371,7 +371,6 @@ def test_memory_beyond_the_input_is_a_quarter_of_it(case: Case) -> None:
         ("krum", {"f": "estimate"}),
         ("multi_krum", {"f": 3}),
         ("multi_krum", {"f": 3, "variant": "byzfl"}),
-        ("dnc", {"f": 3}),
     ],
 )
 @pytest.mark.parametrize("where", [1e6, -1e6, 1e30])
@@ -381,9 +380,31 @@ def test_f_attackers_cannot_leave_the_honest_range(
     name: str, params: dict[str, Any], where: float, seed: int, spread: float
 ) -> None:
     rng = np.random.default_rng(seed)
+    _check_range(name, params, where * (1 + spread * rng.random(3)), rng)
+
+
+@pytest.mark.parametrize("where", [1e6, -1e6, 1e30])
+@examples
+@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(1e-3, 0.6))
+def test_dnc_keeps_the_honest_range_while_attackers_stay_together(where: float, seed: int, spread: float) -> None:
+    """3 of 9 at 1, 1+s, 1+s put the centre at (3+2s)/9: farther from the honest than from the nearest attacker only
+    where s > 0.75. Beyond that DnC does not hold, next test."""
+    rng = np.random.default_rng(seed)
+    _check_range("dnc", {"f": 3}, where * (1 + spread * rng.random(3)), rng)
+
+
+def test_dnc_keeps_an_attacker_whom_the_others_drag_the_centre_to() -> None:
+    """What the docstring warns of: centre at 5/9 of the way, the first attacker 4/9 from it, the honest 5/9."""
+    where = 1e6 * np.array([1.0, 2.0, 2.0])
+    with pytest.raises(AssertionError):
+        _check_range("dnc", {"f": 3}, where, np.random.default_rng(0))
+    _check_range("median", {}, where, np.random.default_rng(0))
+
+
+def _check_range(name: str, params: dict[str, Any], where_3: np.ndarray, rng: np.random.Generator) -> None:
     delta_ND = rng.standard_normal((9, 11)).astype(np.float32)
     bad = rng.choice(9, size=3, replace=False)
-    delta_ND[bad] = where * (1 + spread * rng.random((3, 1)))
+    delta_ND[bad] = where_3[:, None]
     honest_ND = np.delete(delta_ND, bad, axis=0)
     try:
         out_D = make(name, **params)(delta_ND, np.ones(9))

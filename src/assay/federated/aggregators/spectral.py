@@ -17,8 +17,10 @@ def dnc(f: int | str, subset: int = 10_000, iterations: int = 1, removed: float 
 
     Paper: subsets of 10,000, removed 1, 1 iteration (its figures). The coordinates follow from `seed`: who knows it
     puts his poison elsewhere, so give one and keep it secret where that matters. Needs n >= 2f + 1, and one row more
-    than iterations x removed x f, or nobody might be left. In the centre and the covariance a row has its weight; the
-    number dropped counts heads. Ties go to the row that comes later by content.
+    than iterations x removed x f, or nobody might be left. Attackers unequally far out can drag the centre to the
+    nearest of them, who then looks closer to it than the honest and stays: against those who know that, take the median
+    or Bulyan. In the centre and the covariance a row has its weight; the number dropped counts heads. Ties go to the
+    row that comes later by content.
 
     >>> dnc(f=1)(np.array([[1, 1], [2, 1], [1, 2], [1e6, -1e6]], np.float32), [1, 2, 1, 1])
     array([1.5 , 1.25], dtype=float32)
