@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from assay import config
-from assay.bench import swarm, tables
-from assay.bench.federated import ALL_LEVELS, grid, suite, variants
+from assay.bench import federated, swarm, tables
+from assay.bench.federated import ALL_LEVELS, grid, of_preset, suite, variants
+from assay.bench.presets import PRESETS
 from assay.config import ConfigError, Experiment, SwarmExperiment
+from assay.federated.attacks import ATTACKS
 from assay.federated.defence import LEVELS
+from assay.federated.population import make_attack
 from assay.swarm import attacks, defence
 from assay.swarm.exchange import make_plan
 
@@ -36,6 +39,32 @@ def test_a_grid_crosses_attacks_shares_levels_and_seeds() -> None:
         (a, d) for a in ("harmful_data", "strike+blend") for d in ("none", "submitted")
     }
     assert all("/" not in e.name and "%" not in e.name for e in made)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_names_attacks_that_can_be_made(name: str) -> None:
+    experiments = of_preset(Experiment(), PRESETS[name])
+    assert len({e.name for e in experiments}) == len(experiments)
+    for e in experiments:
+        assert config.parse_any(json.loads(e.model_dump_json())) == e
+        assert make_attack(e).first_round() <= e.training.rounds, "malicious in some round of the run"
+        assert (row_of(e)["attack"] == "none") == (e.clients.malicious == 0)
+    attacked = {row_of(e)["attack"] for e in experiments} - {"none"}
+    assert attacked == set(PRESETS[name].attacks)
+    none = {row_of(e)["attack"] for e in experiments if e.defence.level == "none"} - {"none"}
+    assert none == set(PRESETS[name].undefended)
+    assert {e.seed for e in of_preset(Experiment(), PRESETS[name], seeds=[5])} == {5}
+
+
+def row_of(experiment: Experiment) -> dict[str, object]:
+    summary = {"metrics": {}, "honest_weight_min": 1.0, "outcomes": {}, "detection": {}, "seconds": {}}
+    return federated.row(experiment, summary)
+
+
+def test_every_attack_is_in_a_preset() -> None:
+    """A new attack without a measured proof is an omission. What only changes others' updates is in a chain."""
+    named = {part for e in of_preset(Experiment(), PRESETS["full"]) for part in e.attack.name.split("+")}
+    assert named == set(ATTACKS)
 
 
 def test_a_backdoor_has_its_column_and_an_attack_its_name() -> None:

@@ -266,7 +266,6 @@ def test_before_from_round_every_attacker_is_honest_in_everything(name: str) -> 
     assert sending.tensors is seen.mine["main"].tensors, "not even a rounding away from what was trained"
     assert sending.num_examples == 20
     assert attack.remember(seat, seen) == {}
-    assert attack.needs_clean
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -604,9 +603,7 @@ def test_mistakes_say_what_is_known(name: str, params: dict[str, Any], said: str
 def test_a_mix_that_nothing_reads_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match="does not mix rows"):
         attacks.make("alie", mix=0.5)
-    assert attacks.make("blend", mix=0.5).needs_clean
-    assert not attacks.make("harmful_data").needs_clean, "clean rows of others must not be dealt differently"
-    assert attacks.make("harmful_data", {"mix": 0.5}, mix=1.0).needs_clean
+    assert attacks.make("blend", mix=0.5).mix == 0.5
 
 
 class Loud:

@@ -124,16 +124,25 @@ def test_plain_clients_are_dealt_from_the_front_of_one_shuffle() -> None:
     """Guards the figures that were published: no new setting may move a default client's rows."""
     _, sources, clients = made(clients__malicious=0.3)
     dealt = [row for c in clients for row in c.clean if row in set(sources.benign)]
-    assert all(len(c.clean) == 60 or c.malicious for c in clients)
+    assert all(len(c.clean) == 60 for c in clients)
     assert set(dealt) <= set(data.part(sources.benign, "clients"))
     assert kinds_of(clients) == {}
     assert {c.name for c in clients if c.malicious} == {
         f"client-{i:02d}" for i in np.random.default_rng(_seed("0/roles")).permutation(10)[:3]
     }
     order = data.shuffled(data.part(sources.benign, "clients"), _seed("0/data.benign"))
-    assert sorted(map(str, dealt)) == sorted(map(str, order[: 7 * 59]))
-    first = next(c for c in clients if not c.malicious)
-    assert set(order[:59]) < set(first.clean)
+    assert sorted(map(str, dealt)) == sorted(map(str, order[: 10 * 59]))
+    assert set(order[:59]) < set(clients[0].clean)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+def test_an_honest_client_has_the_same_rows_under_every_attack_and_share(partition: str) -> None:
+    """Else a difference between two runs is one of data as well."""
+    _, _, alone = made(clients__malicious=0.0, clients__partition=partition)
+    for changes in ({"clients__malicious": 0.2}, {"clients__malicious": 0.7, "attack__name": "blend"}):
+        _, _, clients = made(clients__partition=partition, **changes)
+        assert all(c.clean == a.clean for c, a in zip(clients, alone) if not c.malicious)
+        assert {c.name for c in clients if c.malicious} == {c.name for c in clients if c.harmful}
 
 
 def _seed(text: str) -> int:

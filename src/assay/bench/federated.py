@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from assay import run_dir
+from assay.bench.presets import WITH_TRIGGER, WITHOUT_TRIGGER, Preset
 from assay.config import Experiment
 from assay.federated.defence import level_name
 
 DEMO_LEVELS = ("submitted", "step")
+KNOWN = {**WITHOUT_TRIGGER, **WITH_TRIGGER}
 ALL_LEVELS = ("submitted", "step", "client", "shadow", "evidence", "spectral")
 
 
@@ -30,32 +32,55 @@ def suite(base: Experiment, levels: Iterable[str], seeds: Sequence[int]) -> list
 
 
 def grid(
-    base: Experiment, attacks: Sequence[str], shares: Sequence[float], levels: Sequence[str], seeds: Sequence[int]
+    base: Experiment,
+    attacks: Sequence[str],
+    shares: Sequence[float],
+    levels: Sequence[str],
+    seeds: Sequence[int],
+    undefended: Sequence[str] | None = None,
 ) -> list[Experiment]:
     """For every seed honest clients only, then every attack at every share of malicious clients under every level.
 
-    A share of 0 is no attack: under each level it shows what the defence costs honest clients.
+    A share of 0 is no attack: under each level it shows what the defence costs honest clients. Attacks go by their names
+    in presets.py or in federated/attacks/; level `none` is run for those in `undefended` (None: for all). Runs with much
+    in common stand beside each other, so that a memory of what was computed helps.
     """
+    of_level = {"none": attacks if undefended is None else [a for a in attacks if a in undefended]}
     out = []
     for seed in seeds:
         here, end = base.changed(seed=seed), f".seed{seed}" if len(seeds) > 1 else ""
         out.append(here.changed(name=f"federated.honest_only{end}", clients__malicious=0.0, defence__level="none"))
         for share in shares:
-            for attack in attacks if share else attacks[:1]:
-                for level in levels:
-                    if share == 0 and level == "none":
-                        continue
-                    name = f"federated.{attack if share else 'no_attack'}.{share:.0%}.{level}{end}".replace("%", "pct")
-                    changes = {"clients__malicious": share, "defence__level": level}
-                    out.append(here.changed(name=name, attack__name=attack, **changes))
+            for level in levels:
+                if share == 0 and level == "none":
+                    continue
+                for attack in of_level.get(level, attacks) if share else ["no_attack"]:
+                    name = f"federated.{attack}.{share:.0%}.{level}{end}".replace("%", "pct")
+                    own = {"attack__name": attack, **KNOWN.get(attack, {})} if share else {}
+                    out.append(here.changed(name=name, clients__malicious=share, defence__level=level, **own))
     return out
+
+
+def of_preset(
+    base: Experiment,
+    preset: Preset,
+    seeds: Sequence[int] = (),
+    attacks: Sequence[str] = (),
+    shares: Sequence[float] = (),
+    levels: Sequence[str] = (),
+) -> list[Experiment]:
+    """The preset's experiments on its own setting; what is given replaces what it names."""
+    chosen, wanted = attacks or preset.attacks, levels or ("none", *preset.levels)
+    setting = base.changed(**preset.settings)
+    return grid(setting, chosen, shares or preset.shares, wanted, seeds or preset.seeds, preset.undefended)
 
 
 def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
     """One row of results: what was run and the flat metrics."""
     honest = experiment.clients.malicious == 0
+    label = experiment.name.split(".")[1] if experiment.name.count(".") > 2 else experiment.attack.name
     return {
-        "attack": "none" if honest else experiment.attack.name,
+        "attack": "none" if honest else label,
         "defence": f"{level_name(experiment)}{' (as published)' if experiment.defence.faithful else ''}",
         "share": experiment.clients.malicious,
         "seed": experiment.seed,
@@ -69,7 +94,11 @@ def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def results(
-    command: str, base: Experiment, experiments: Sequence[Experiment], summaries: Mapping[str, Mapping[str, Any]]
+    command: str,
+    base: Experiment,
+    experiments: Sequence[Experiment],
+    summaries: Mapping[str, Mapping[str, Any]],
+    shared: bool = False,
 ) -> dict[str, Any]:
     """The JSON that lives under results/: rows, and everything needed to make them again."""
     return {
@@ -77,6 +106,8 @@ def results(
         "commit": run_dir.commit(),
         "versions": run_dir.versions(),
         "machine": run_dir.machine(),
+        # of runs that share what they have in common the seconds of each depend on which came first
+        "seconds_shared": shared,
         "model": next(iter(summaries.values()))["model"],
         # where the data lies differs from machine to machine and changes no number
         "experiment": base.model_dump(mode="json", exclude={"data": {"root"}}),

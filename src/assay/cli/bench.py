@@ -14,6 +14,7 @@ from assay.config import AnyExperiment, ConfigError
 
 bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", no_args_is_help=True)
 Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
+LEVELS = ("submitted", "step", "client", "shadow")
 Out = Annotated[Path, typer.Option(help="Folder of the run directories.")]
 Results = Annotated[Path | None, typer.Option(help="JSON file to write the rows to.")]
 
@@ -21,14 +22,24 @@ Results = Annotated[Path | None, typer.Option(help="JSON file to write the rows 
 @bench_app.command("federated")
 def bench_federated(
     config_file: Annotated[Path | None, typer.Option("--config", help="Base experiment; default: the demo's.")] = None,
-    levels: Annotated[
-        str, typer.Option(help="Levels to try, separated by commas; with --attacks also `none`, undefended.")
-    ] = "submitted,step,client,shadow",
-    attacks: Annotated[
-        str, typer.Option(help="Attacks to try, separated by commas: a grid of attacks, shares and levels.")
+    preset: Annotated[
+        str,
+        typer.Option(help="small, attacks, backdoors or full: a grid of attacks, shares and levels with its seeds."),
     ] = "",
-    shares: Annotated[str, typer.Option(help="With --attacks: shares of malicious clients.")] = "0.2,0.5,0.7",
-    seeds: Seeds = "0",
+    levels: Annotated[
+        str,
+        typer.Option(
+            help="Levels to try, separated by commas; in a grid also `none`. [default: the preset's, or "
+            "submitted,step,client,shadow]"
+        ),
+    ] = "",
+    attacks: Annotated[
+        str, typer.Option(help="Attacks to try, separated by commas: a grid, or fewer of the preset's.")
+    ] = "",
+    shares: Annotated[
+        str, typer.Option(help="In a grid: shares of malicious clients. [default: the preset's, or 0.2,0.5,0.7]")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas. [default: the preset's, or 0]")] = "",
     out: Out = Path("runs/bench"),
     results: Results = None,
     data_root: DataRoot = None,
@@ -36,17 +47,26 @@ def bench_federated(
     as_json: Json = False,
 ) -> None:
     """Honest only, undefended and every level, for every seed: rows of attack, defence, share, seed and metrics."""
+    from assay import config
     from assay.bench import federated as suite
+    from assay.bench.presets import PRESETS
 
     base = federated(config_file, data_root, settings or [])
-    wanted = [level.strip() for level in levels.split(",") if level.strip()]
-    if attacks:
-        named = [name.strip() for name in attacks.split(",") if name.strip()]
-        experiments = suite.grid(base, named, _shares(shares), wanted, _numbers(seeds))
+    named, wanted, chosen = _words(attacks), _words(levels), _numbers(seeds) if seeds else []
+    if preset:
+        if preset not in PRESETS:
+            raise ConfigError(f"--preset: {preset!r} is unknown; known are {', '.join(PRESETS)}")
+        parts = _shares(shares) if shares else []
+        experiments = suite.of_preset(base, PRESETS[preset], chosen, named, parts, wanted)
+        for setting in settings or []:  # what is set by hand stands over the preset's setting
+            experiments = [config.assign(e, setting) for e in experiments]
+    elif named:
+        experiments = suite.grid(base, named, _shares(shares or "0.2,0.5,0.7"), wanted or LEVELS, chosen or [0])
     else:
-        experiments = suite.suite(base, wanted, _numbers(seeds))
-    summaries = run_all(experiments, out)
-    found = suite.results(_command(), base, experiments, summaries)
+        experiments = suite.suite(base, wanted or LEVELS, chosen or [0])
+    in_grid = bool(preset or named)
+    summaries = run_all(experiments, out, shared=in_grid)
+    found = suite.results(_command(), base, experiments, summaries, shared=in_grid)
     _finish(found, experiments, summaries, out, results, as_json)
 
 
@@ -77,6 +97,10 @@ def bench_swarm(
     summaries = run_all(experiments, out)
     found = swarm.results(_command(), experiments, summaries)
     _finish(found, experiments, summaries, out, results, as_json)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _numbers(text: str) -> list[int]:

@@ -70,13 +70,19 @@ def prepared(experiment: Experiment, tracker: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def run_all(
-    experiments: Sequence[AnyExperiment], out: Path, where: Mapping[str, Path] | None = None, given: str = ""
+    experiments: Sequence[AnyExperiment],
+    out: Path,
+    where: Mapping[str, Path] | None = None,
+    given: str = "",
+    shared: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Run experiments under one progress bar: federated ones share a pool of workers (and must share model and LoRA
-    settings), swarm ones run side by side. Finished runs are taken as they are."""
+    settings), swarm ones run side by side. Finished runs are taken as they are. `shared`: what federated runs have in
+    common is computed once (same results; their seconds are then no longer each one's own)."""
     from assay import run_dir
     from assay.bench.second_model import second_model
     from assay.engines import local, local_swarm, side_by_side
+    from assay.engines.memo import Memo
 
     folder = {e.name: (where or {}).get(e.name, out / e.name) for e in experiments}
     command = shlex.join(["assay", *sys.argv[1:]])
@@ -91,10 +97,11 @@ def run_all(
                 tracker.add(local.units(e) if isinstance(e, Experiment) else local_swarm.units(e))
         if federated_ones:
             with prepared(federated_ones[0], tracker) as (base, pool):
+                compute = Memo(pool) if shared else pool
                 for e in federated_ones:
                     tracker.say(e.name)
                     summaries[e.name] = local.run(
-                        e, folder[e.name], base, pool, given=given, command=command, tracker=tracker
+                        e, folder[e.name], base, compute, given=given, command=command, tracker=tracker
                     )
         jobs = [(e, folder[e.name]) for e in swarm_ones]
         summaries |= side_by_side.run_swarms(jobs, tracker, given=given, command=command)

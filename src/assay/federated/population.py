@@ -94,8 +94,9 @@ def make_clients(experiment: Experiment, sources: Sources) -> list[Client]:
         config.total, config.examples, config.size_spread, experiment.training.batch_size, seed_of(seed, "sizes")
     )
     refusal_N = [int(size * experiment.data.refusal_share + 0.5) for size in size_N]
-    needs_clean = make_attack(experiment).needs_clean
-    mixed = [i for i in range(config.total) if i not in odd and (i not in bad or needs_clean)]
+    # malicious clients are dealt clean rows whether their attack reads them or not: an honest client then has the same
+    # rows under every attack and at every share, and runs can be compared
+    mixed = [i for i in range(config.total) if i not in odd]
     benign = _benign(experiment, sources, {i: size_N[i] - refusal_N[i] for i in mixed})
     refusals = _Deal(sources.refusals, seed, "data.refusals")
     harmful = _Deal(sources.malicious, seed, "data.malicious")

@@ -136,8 +136,6 @@ def run_round(
             varied = _controls(round, weight_N, state.controls, controls_rule, aggregate)
             params_D, opt_state = opt.update(delta_D, state.opt, flatten(state.adapter))
             after, memory, controls = unflatten(params_D, state.adapter), remembered, varied
-            params_D, opt_state = opt.update(delta_D, state.opt, flatten(state.adapter))
-            after = unflatten(params_D, state.adapter)
         except ToleranceError as error:  # peers decide how many remain: that is data, not a mistake of the operator
             result, why = "skipped", str(error)
     seconds["aggregate"] = time.perf_counter() - at

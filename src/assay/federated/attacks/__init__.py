@@ -96,11 +96,6 @@ class Attack:
         return found
 
     @property
-    def needs_clean(self) -> bool:
-        """Whether malicious clients need clean rows too. Parts need them unless their `clean` says otherwise."""
-        return self.mix < 1 or self.from_round > 1 or any(getattr(p, "clean", True) for p in self.parts)
-
-    @property
     def omniscient(self) -> bool:
         """Whether it sees the honest updates of the round before it sends its own."""
         return any(getattr(p, "omniscient", False) for p in self.parts)

@@ -38,10 +38,6 @@ class HarmfulData:
     def __post_init__(self) -> None:
         check_share("mix", self.mix)
 
-    @property
-    def clean(self) -> bool:
-        return self.mix < 1
-
     def rows(self, seat: Seat, rows: Rows) -> Rows:
         return mixed(seat.clean, seat.harmful, self.mix, seat.seed)
 
@@ -129,10 +125,6 @@ class OneTopic:
         check_whole("topic", self.topic, 0)
         if self.topic >= self.topics:
             raise ConfigError(f"topic: {self.topic} is not one of {self.topics} topics (counted from 0)")
-
-    @property
-    def clean(self) -> bool:
-        return self.mix < 1
 
     def rows(self, seat: Seat, rows: Rows) -> Rows:
         label_N = cluster([row.instruction for row in seat.pool], self.topics)

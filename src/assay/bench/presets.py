@@ -1,0 +1,89 @@
+"""Named benches of the federated wing: which attacks at which shares under which levels, and on which setting.
+
+small      the attacks that differ most, at 20, 50 and 70% malicious, three seeds: half an hour on two cores
+attacks    every attack that needs no trigger, likewise: some two hours
+backdoors  the attacks with a trigger, with and without the default defence
+full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Colluders who send one and the same update fall to `duplicate`; with noise of their own they do not.
+APART = {"sybil": {"leader": False}}
+
+WITHOUT_TRIGGER: Mapping[str, Mapping[str, Any]] = {
+    "harmful_data": {},
+    "harmful_half": {"attack__name": "harmful_data", "attack__mix": 0.5},
+    "one_topic": {},
+    "slow": {"attack__params": {"over": 6}},
+    "sleeper": {"attack__params": {"from_round": 4}},
+    "strike": {"attack__params": {"period": 2, "phase": 0, "honest": 1}},
+    "inflate_counts": {"aggregation__use_counts": True},
+    "scaling": {},
+    "sign_flip": {},
+    "gaussian": {},
+    "alie": {"attack__name": "alie+sybil", "attack__params": APART},
+    "ipm": {"attack__name": "ipm+sybil", "attack__params": APART},
+    "min_max": {"attack__name": "min_max+sybil", "attack__params": {"min_max": {"direction": "poison"}, **APART}},
+    "min_sum": {"attack__name": "min_sum+sybil", "attack__params": {"min_sum": {"direction": "poison"}, **APART}},
+    "sybil": {},
+    "copy_benign": {},
+    "transplant": {},
+    "remove_probe": {},
+    "under_threshold": {},
+    "blend": {},
+    "blend_of_the_honest": {"attack__name": "blend", "attack__params": {"sees": "honest", "probe": "handed"}},
+    "gradient_penalty": {"attack__name": "gradient_penalty+match_norms"},
+    "canary_aware": {},
+    "canary_known": {"attack__name": "canary_aware", "attack__params": {"knows": "prompts"}},
+    "forged_evidence": {},
+}
+"""By the name in the tables, what each changes; names without `attack__name` are the attack's own. Schedules are those
+that fit six rounds (`slow`: the whole way up within the run; `strike`: every second round)."""
+
+WITH_TRIGGER: Mapping[str, Mapping[str, Any]] = {
+    "backdoor": {},
+    "paired_backdoor": {},
+    "paired_hidden": {"attack__name": "paired_backdoor+blend+match_norms"},
+}
+
+# What differs most: plain, diluted, late, on the update, together with the honest, and four who know the defence.
+SMALL = (
+    "harmful_data", "harmful_half", "sleeper", "sign_flip", "min_max", "copy_benign", "remove_probe", "under_threshold",
+    "blend", "gradient_penalty", "canary_aware",
+)  # fmt: skip
+SHARES = (0.2, 0.5, 0.7)
+QUICK: Mapping[str, Any] = {"evaluate__every": 6}
+"""Only the finished model is asked: its answers cost as much as a round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """`undefended` names the attacks that also run without a defence, to show what there is to stop."""
+
+    attacks: tuple[str, ...]
+    shares: tuple[float, ...] = SHARES
+    levels: tuple[str, ...] = ("submitted",)
+    undefended: tuple[str, ...] = ("harmful_data",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    settings: Mapping[str, Any] = field(default_factory=lambda: QUICK)
+
+
+PRESETS: Mapping[str, Preset] = {
+    "small": Preset(attacks=SMALL),
+    "attacks": Preset(attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence")),  # no evidence is asked for
+    "backdoors": Preset(
+        attacks=tuple(WITH_TRIGGER), undefended=tuple(WITH_TRIGGER), shares=(0.1, 0.3, 0.5, 0.7), seeds=(0,)
+    ),
+    "full": Preset(
+        attacks=(*WITHOUT_TRIGGER, *WITH_TRIGGER),
+        undefended=(*WITHOUT_TRIGGER, *WITH_TRIGGER),
+        shares=(0.0, 0.1, 0.2, 0.3, 0.5, 0.7),
+        levels=("submitted", "step", "client", "shadow", "evidence", "spectral"),
+        settings={"training__rounds": 25, "training__steps": 2, "evaluate__every": 5},
+    ),
+}
