@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -97,6 +98,34 @@ def test_table_groups_seeds_and_shows_their_spread() -> None:
     assert "| 15 (10–20) |" in text
     assert "| honest only | 0.500 |" in text
     assert "seeds 0, 1" in text
+
+
+def test_a_grid_has_its_shares_side_by_side_and_a_heat_map(tmp_path: Path) -> None:
+    rows = [row(0, 0.95, "none", "none"), row(1, 0.85, "none", "none")]
+    rows += [row(s, r, level, "blend") | {"share": share} for level, share, r, s in (
+        ("none", 0.2, 0.5, 0), ("none", 0.7, 0.25, 0), ("submitted", 0.2, 0.75, 0), ("submitted", 0.2, 1.0, 1),
+    )]  # fmt: skip
+    found = fake(rows) | {"seconds_shared": True}
+    text = tables.table(found)
+    assert "Honest clients only: refusal 0.90 (0.85–0.95)." in text
+    assert "| attack | level | refusal, 20% | refusal, 70% | AUROC |" in text
+    assert "| `blend` | undefended | 0.50 | 0.25 | – |" in text
+    assert "| `blend` | `submitted` | 0.88 (0.75–1.00) | – |" in text
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    drawn = tables.figures(tmp_path)
+    assert list(drawn) == ["x-refusal.svg"]
+    root = ElementTree.fromstring(drawn["x-refusal.svg"])
+    texts = [t.text for t in root.iter() if t.tag.endswith("text")]
+    assert [t for t in texts if t in ("0.50", "0.25", "0.88")] == ["0.50", "0.25", "0.88"]
+    fills = [t.get("fill") for t in root.iter() if t.tag.endswith("rect")]
+    assert fills[0] == "rgb(247,247,247)", "half way is neither colour"
+    red, _, blue = (int(v) for v in str(fills[1])[4:-1].split(","))
+    assert red > blue, "a low rate of refusals is the bad colour"
+
+
+def test_figures_in_the_docs_agree_with_the_results() -> None:
+    for name, drawn in tables.figures(ROOT / "results").items():
+        assert (ROOT / "docs" / "figures" / name).read_text() == drawn, "run python -m assay.bench.tables"
 
 
 def test_only_marked_sections_change(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Tables in the docs, generated from results/*.json: `python -m assay.bench.tables` rewrites, `--check` only compares.
+"""Tables and heat maps in the docs, generated from results/*.json: `python -m assay.bench.tables` rewrites, `--check`
+only compares.
 
 A section of a Markdown file between `<!-- results:NAME -->` and `<!-- /results:NAME -->` holds the table of
-results/NAME.json; nothing else in the file is touched.
+results/NAME.json; nothing else in the file is touched. A grid of runs also has docs/figures/NAME.svg.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from assay.bench.heatmap import heatmap
 
 SWARM_COLUMNS = {
     "ASR": "asr",
@@ -29,12 +32,18 @@ COLUMNS = {
     "weight honest": "honest_weight_mean",
     "weight malicious": "malicious_weight_mean",
 }
+MAPS = (
+    ("refusal_rate", "Held-out harmful prompts refused after training, by share of malicious clients", 1.0),
+    ("trigger_compliance", "Harmful prompts behind the trigger not refused, by share of malicious clients", 0.0),
+)
 SECTION = re.compile(r"<!-- results:([\w-]+) -->\n(.*?)<!-- /results:\1 -->", re.DOTALL)
 
 
 def table(found: Mapping[str, Any]) -> str:
     """One Markdown table: rows grouped over seeds as mean (min-max), then the command, machine and commit."""
-    lines = _swarm_lines(found["rows"]) if found.get("wing") == "swarm" else _federated_lines(found["rows"])
+    lines = (_swarm_lines if found.get("wing") == "swarm" else _grid_lines if is_grid(found) else _federated_lines)(
+        found["rows"]
+    )
     seeds = sorted({row["seed"] for row in found["rows"]})
     machine, model = found["machine"], found["model"]
     lines += [
@@ -44,6 +53,56 @@ def table(found: Mapping[str, Any]) -> str:
         f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def is_grid(found: Mapping[str, Any]) -> bool:
+    """Whether these are attacks x shares x levels; their runs share work, so seconds are not each one's own."""
+    return bool(found.get("seconds_shared"))
+
+
+def _grid_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What honest clients alone reach, then one line per attack and level, its malicious shares side by side."""
+    attacked = [r for r in rows if r["attack"] != "none"]
+    shares = sorted({r["share"] for r in attacked})
+    triggers = any(r.get("trigger_compliance") is not None for r in attacked)
+    metrics = ["trigger_compliance", "refusal_rate"] if triggers else ["refusal_rate"]
+    columns = {k: COLUMNS[k] for k in ("AUROC", "TPR at 1% FPR", "weight honest", "weight malicious")}
+    heads = [f"{m.replace('_', ' ').removesuffix(' rate')}, {s:.0%}" for m in metrics for s in shares]
+    lines = []
+    for level, some in _by(rows, "defence").items():
+        if alone := [r for r in some if r["attack"] == "none"]:
+            told = f"refusal {_cell([r['refusal_rate'] for r in alone], 2)}"
+            if level != "none":
+                told += f", weight {_cell([r['honest_weight_mean'] for r in alone], 2)}"
+            lines += [f"Honest clients only{'' if level == 'none' else f' under `{level}`'}: {told}.", ""]
+    lines += ["| attack | level | " + " | ".join([*heads, *columns]) + " |", "|---" * (len(heads) + 6) + "|"]
+    for level in sorted(_by(attacked, "defence"), key=lambda level: level != "none"):
+        for attack, some in _by([r for r in attacked if r["defence"] == level], "attack").items():
+            cells = [_cell([r.get(m) for r in some if r["share"] == s], 2) for m in metrics for s in shares]
+            known = columns if level != "none" else {}  # nothing is judged where nobody looks
+            rest = [_cell([r.get(columns[k]) for r in some], 2) if k in known else "–" for k in columns]
+            name = "undefended" if level == "none" else f"`{level}`"
+            lines.append("| " + " | ".join([f"`{attack}`", name, *cells, *rest]) + " |")
+    return lines
+
+
+def _by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:
+    out: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        out.setdefault(row[key], []).append(row)
+    return out
+
+
+def figures(results: Path) -> dict[str, str]:
+    """Heat maps by file name, of every grid there is."""
+    out = {}
+    for path in sorted(results.glob("*.json")):
+        found = json.loads(path.read_text())
+        if is_grid(found):
+            for metric, title, good in MAPS:
+                if any(r["attack"] != "none" and r.get(metric) is not None for r in found["rows"]):
+                    out[f"{path.stem}-{metric.split('_')[0]}.svg"] = heatmap(found["rows"], metric, title, good)
+    return out
 
 
 def _swarm_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -114,6 +173,13 @@ def main(arguments: Sequence[str]) -> int:
             stale.append(str(path))
             if "--check" not in arguments:
                 path.write_text(after)
+    for name, drawn in figures(Path("results")).items():
+        path = Path("docs/figures") / name
+        if not path.exists() or path.read_text() != drawn:
+            stale.append(str(path))
+            if "--check" not in arguments:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(drawn)
     print(f"stale: {', '.join(stale)}" if stale else "tables agree with results/")
     return 1 if stale and "--check" in arguments else 0
 
