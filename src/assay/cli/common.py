@@ -157,13 +157,13 @@ def print_table(summaries: Sequence[Mapping[str, Any]]) -> None:
         if not rows:
             continue
         table = Table(caption=caption, box=None)
-        table.add_column("run", no_wrap=True)
-        for name in columns:
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("s", justify="right")
+        table.add_column("run", overflow="fold")
+        for name in columns:  # a long name wraps, a figure is never cut
+            table.add_column(name, justify="right", no_wrap=True, min_width=max(5, len(name)))
+        table.add_column("s", justify="right", min_width=4)
         for summary in rows:
             values = [summary["metrics"].get(key) for key in columns.values()]
             cells = ["-" if v is None else f"{v:.1f}" if v > 3 else f"{v:.3f}" for v in values]
-            name = summary["name"] + (" (as published)" if summary.get("faithful") else "")
+            name = summary["name"].removeprefix(f"{wing}.") + (" (as published)" if summary.get("faithful") else "")
             table.add_row(name, *cells, f"{summary['seconds']['total']:.0f}")
         Console().print(table)
