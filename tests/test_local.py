@@ -17,7 +17,7 @@ import pytest
 
 from assay import checkpoint, ledger, run_dir
 from assay.config import ConfigError, Experiment, parse
-from assay.engines import local
+from assay.engines import journal, local
 from assay.engines.pool import Pool
 from assay.federated.preparation import Prepared
 from assay.report import write
@@ -349,3 +349,21 @@ def test_thresholds_are_rehearsed_with_the_runs_own_terms(
     summary = local.run(small.changed(name="terms", evaluate__every=3, **changes), tmp_path / "run", prepared, pool)
     assert summary["metrics"]["honest_weight_mean"] >= 0.8
     assert summary["metrics"]["malicious_weight_mean"] <= 0.4
+
+
+def test_a_run_begun_before_a_key_was_added_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Hours of runs must not be lost to a new key at its default; a key at another value is another experiment."""
+    experiment = Experiment().changed(model__name="tiny")
+    dumped, model = experiment.model_dump(mode="json"), {"sha256": "0" * 64}
+
+    def claimed(one: dict[str, Any]) -> str:
+        return journal.claim(tmp_path, {"experiment": one}, {"experiment": one, "model": model}, "")
+
+    older = {**dumped, "training": {k: v for k, v in dumped["training"].items() if k != "prox_mu"}}
+    begun = claimed(older)
+    assert claimed(dumped) == begun
+    other = {**dumped, "training": {**dumped["training"], "prox_mu": 0.01}}
+    with pytest.raises(ConfigError, match="holds another experiment"):
+        claimed(other)
+    with pytest.raises(ConfigError, match="holds another experiment"):
+        journal.claim(tmp_path, {"experiment": dumped, "m": 1}, {"experiment": dumped, "model": {"sha256": "1"}}, "")

@@ -7,7 +7,7 @@ trust. A stored state that does not parse is an error of the operator (an edited
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -92,11 +92,26 @@ class RunningMean:
         return cls(_number(cls.__name__, "value", state["value"]), int(count))
 
 
+BY_CHANCE = 1e-3
+"""Groups lost within a window are held against a node where fewer honest ones than this would lose as many."""
+
+
+def by_chance(groups: Sequence[tuple[int, int]], chance: float) -> float:
+    """P[an honest node loses at least as many groups], each lost with `chance`; `groups` are (lost, owed) by round.
+
+    >>> round(by_chance([(1, 2), (1, 2)], 0.5), 4)  # 2 or more of 4: 11 of 16
+    0.6875
+    """
+    k, n = sum(lost for lost, _ in groups), sum(owed for _, owed in groups)
+    return math.fsum(math.comb(n, i) * chance**i * (1 - chance) ** (n - i) for i in range(k, n + 1))
+
+
 @dataclass(frozen=True, slots=True)
 class Strikes:
     """Rounds in which a node's contribution was forged, and whether that has cost it its place.
 
-    `ban_after` strikes within `window` rounds ban it. A banned node is still screened (its audits): `readmit_after`
+    `lost` is how many groups it lost to forged members, of how many it owed, by round: `spoilt` holds those against
+    chance. `ban_after` strikes within `window` rounds ban it. A banned node is still screened (its audits): `readmit_after`
     clean rounds in a row bring it back, with its strikes forgotten: no verdict is for ever. A silent round is neither.
 
     >>> s = Strikes().update(1, forged=True, ban_after=2, window=5, readmit_after=2)
@@ -111,31 +126,44 @@ class Strikes:
     rounds: tuple[int, ...] = ()
     banned: bool = False
     clean: int = 0
+    lost: tuple[tuple[int, int, int], ...] = ()
 
-    def update(self, round: int, *, forged: bool, ban_after: int, window: int, readmit_after: int) -> Self:
-        """State after `round`, in which the node sent something that was `forged` or clean."""
+    def update(
+        self, round: int, *, forged: bool, ban_after: int, window: int, readmit_after: int,
+        groups: tuple[int, int] = (0, 0), chance: float = 0.0,
+    ) -> Self:  # fmt: skip
+        """State after `round`, in which the node sent something that was `forged` or clean.
+
+        `groups`: how many it lost to forged members, and how many it owed; `chance`: that an honest group is lost. Too
+        many within the window, though few in each round, are forged as well: who spoils a member of the groups he
+        dislikes chooses what is learnt from.
+        """
         recent = tuple(r for r in self.rounds if r > round - window)
-        if forged:
+        lost = tuple(x for x in self.lost if x[0] > round - window)
+        lost = (*lost, (round, *groups)) if groups[1] else lost
+        if forged or (groups[0] and by_chance([x[1:] for x in lost], chance) < BY_CHANCE):
             recent = (*recent, round)
-            return type(self)(recent, self.banned or len(recent) >= ban_after, 0)
+            return type(self)(recent, self.banned or len(recent) >= ban_after, 0, lost)
         if self.banned:
-            return type(self)(recent, True, self.clean + 1) if self.clean + 1 < readmit_after else type(self)()
-        return type(self)(recent, False, 0)
+            return type(self)(recent, True, self.clean + 1, lost) if self.clean + 1 < readmit_after else type(self)()
+        return type(self)(recent, False, 0, lost)
 
     def to_json(self) -> dict[str, Any]:
-        return {"rounds": list(self.rounds), "banned": self.banned, "clean": self.clean}
+        lost = [list(x) for x in self.lost]
+        return {"rounds": list(self.rounds), "banned": self.banned, "clean": self.clean, "lost": lost}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Self:
-        _check_keys(cls.__name__, state, ("rounds", "banned", "clean"))
-        rounds, banned, clean = state["rounds"], state["banned"], state["clean"]
+        _check_keys(cls.__name__, state, ("rounds", "banned", "clean", "lost"))
+        rounds, banned, clean, lost = state["rounds"], state["banned"], state["clean"], state["lost"]
         if (
-            not isinstance(rounds, list)
-            or not all(type(r) is int for r in [*rounds, clean])
+            not (isinstance(rounds, list) and isinstance(lost, list))
+            or not all(isinstance(x, list) and len(x) == 3 for x in lost)
+            or not all(type(r) is int for r in [*rounds, clean, *(n for x in lost for n in x)])
             or type(banned) is not bool
         ):
             raise ValueError(f"stored Strikes: expected whole numbers and a truth value, got {dict(state)!r}")
-        return cls(tuple(rounds), banned, clean)
+        return cls(tuple(rounds), banned, clean, tuple((x[0], x[1], x[2]) for x in lost))
 
 
 @dataclass(frozen=True, slots=True)

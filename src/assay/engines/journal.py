@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from assay import checkpoint, run_dir
-from assay.config import ConfigError
+from assay.config import ConfigError, parse_any
 from assay.ledger import Ledger
 
 
@@ -39,17 +39,30 @@ def run_id_of(identity: Mapping[str, Any]) -> str:
 
 
 def claim(directory: Path, identity: Mapping[str, Any], resolved: Mapping[str, Any], given: str) -> str:
-    """Write the config down, or check that the directory holds this very experiment; returns the run's id."""
+    """Write the config down, or check that the directory holds this very experiment; returns the run's id.
+
+    A run begun before a key was added to the config is the experiment with that key at its default, and keeps its id.
+    """
     run_id = run_id_of(identity)
     path = directory / run_dir.RESOLVED
     if path.exists():
-        if json.loads(path.read_text()).get("run_id") != run_id:
+        stored = json.loads(path.read_text())
+        if stored.get("run_id") != run_id and not _same(stored, resolved):
             raise ConfigError(f"{directory}: holds another experiment; choose another directory (--out) or delete it")
-        return run_id
+        return str(stored["run_id"])
     if given:
         checkpoint.write_atomic(directory / run_dir.EXPERIMENT, given)
     checkpoint.write_json(path, {"run_id": run_id, **resolved, "versions": run_dir.versions()})
     return run_id
+
+
+def _same(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> bool:
+    if stored.get("model") != resolved.get("model") or "experiment" not in stored or "run_id" not in stored:
+        return False
+    try:
+        return parse_any(stored["experiment"]) == parse_any(resolved["experiment"])
+    except ConfigError:  # it has a key that is gone, or a value that is none any more
+        return False
 
 
 def save(

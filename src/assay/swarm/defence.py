@@ -85,6 +85,8 @@ def make(
     for name in wanted_names:
         params: dict[str, Any] = dict(config.params.get(name, {}))
         params.pop("boundary", None)
+        if name == "logit":
+            params.pop("k", None)
         if name == "schema":
             params = {"vocabulary": vocabulary, "eos": eos, **params}
         if name in ("judge", "self_judge"):
@@ -98,7 +100,13 @@ def make(
         temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, noise=sampling.noise
     )
     boundary = float(config.params.get("seeded", {}).get("boundary", BOUNDARY))
-    wanted = Wanted(sampler=sampler, k=sampling.top_k, seeded="seeded" in wanted_names, boundary=boundary)
+    k = int(config.params.get("logit", {}).get("k", sampling.top_k))
+    if "logit" in wanted_names and not 0 < k < vocabulary:
+        raise ConfigError(
+            f"defence: the logit check needs a k between 1 and {vocabulary - 1}, and sampling.top_k = {k} cuts nothing "
+            "off: give [defence.params.logit] k"
+        )
+    wanted = Wanted(sampler=sampler, k=k, seeded="seeded" in wanted_names, boundary=boundary)
     return Defence(
         level=config.level if config.screens is None else "custom",
         screens=tuple(s for s in built if s not in reading),

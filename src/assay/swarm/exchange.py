@@ -2,7 +2,11 @@
 
 The plan comes from public randomness (the run's public name and the round), so that every node can compute what every
 other node was asked, and nobody picks his prompts. Messages go through the wire like a stranger's; what is late or
-missing is a refusal like any other. Nodes compare the pool's hash before they learn from it.
+missing is a refusal like any other. Nodes that run apart compare the pool's hash (`agreement`) before they learn from
+it; the engine on one machine has one pool for all, whose hash is in the ledger.
+
+Plan and seeds hang on the run's public name and on the nodes' names: draw the public name after the names are fixed, or
+a node can choose a name whose prompts it likes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from assay.contribution import Pool
 from assay.swarm import screening
 from assay.swarm.defence import Defence
 from assay.swarm.evidence import Collected, collect
-from assay.swarm.exchange import Gathered
+from assay.swarm.exchange import Gathered, Mode
 from assay.swarm.grpo import GrpoSettings, LossSums, advantages, loss_sums, normaliser, token_logprobs
 from assay.swarm.rollout import Item, generate, score
 from assay.swarm.sampling import Sampler, seed_of
@@ -85,6 +85,7 @@ class Learnt:
     """What a round did to a node: its reading of the pool, the verdicts, the loss, where the seconds went."""
 
     pool: Pool
+    mode: Mode
     judged: Judged
     collected: Collected
     defence: Defence
@@ -150,7 +151,7 @@ class Learner:
                 screening.apply(judged, row, screening.banned(completion))
         seconds["screen"] = time.perf_counter() - at
         at = time.perf_counter()
-        learnt = Learnt(pool, judged, Collected(), defence, 0.0, 0.0, seconds)
+        learnt = Learnt(pool, gathered.plan.mode, judged, Collected(), defence, 0.0, 0.0, seconds)
         self._update(learnt)
         seconds["update"] = time.perf_counter() - at
         trust = screening.update_trust(memory.trust, pool, judged.verdicts, defence.trust)
@@ -232,7 +233,9 @@ class Learner:
             readable=tuple(pool.readable[r] for r in rows),
             evidence=learnt.collected.evidence(rows),
         )
-        seen = screening.judge_pool(part, learnt.defence.model_screens, {}, learnt.defence.monitor)
+        states = learnt.judged.states  # handed on from chunk to chunk and from round to round
+        seen = screening.judge_pool(part, learnt.defence.model_screens, states, learnt.defence.monitor)
+        states |= seen.states
         count = len(rows)
         for at, verdict in enumerate(seen.verdicts):  # screen by screen, each in the order of the rows
             screening.apply(learnt.judged, rows[at % count], verdict)
@@ -240,7 +243,7 @@ class Learner:
     def _backward(self, learnt: Learnt, rows: Sequence[int], chunk: _Chunk, old: dict[int, Tensor]) -> LossSums:
         judged, pool = learnt.judged, learnt.pool
         index = list(rows)
-        group_N = np.array([pool.completions[r].prompt for r in rows])
+        group_N = np.array(self.group_of(learnt))[index]
         advantage_N = advantages(
             torch.tensor(judged.reward_N[index]), torch.tensor(group_N), torch.tensor(judged.weight_N[index]),
             scale=self.settings.scale_rewards,
@@ -266,6 +269,15 @@ class Learner:
         if total.loss.requires_grad:
             total.loss.backward()  # type: ignore[no-untyped-call]
         return total.detach()
+
+    @staticmethod
+    def group_of(learnt: Learnt) -> list[int]:
+        """Number of each row's group: a prompt's in horizontal mode; in vertical mode a node's own, though another chose
+        the same prompt."""
+        whole = learnt.mode == "horizontal"
+        keys = [("" if whole else c.participant, c.prompt) for c in learnt.pool.completions]
+        number = {key: n for n, key in enumerate(sorted(set(keys)))}
+        return [number[key] for key in keys]
 
     def _old(self, rows: Sequence[int], logprob_NT: Tensor, old: dict[int, Tensor]) -> Tensor | None:
         """Log-probabilities at the first update, for the ratio of later ones."""
@@ -300,11 +312,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Weights and optimiser state, for a checkpoint."""
-        out = {f"weight/{n}": p.detach().float().cpu().numpy() for n, p in self.parameters.items()}
+        """Weights and optimiser state, for a checkpoint: copies, which later steps leave alone."""
+        out = {f"weight/{n}": np.array(p.detach().float().cpu()) for n, p in self.parameters.items()}
         for n, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
-                out[f"adam/{key}/{n}"] = value.detach().float().cpu().numpy()
+                out[f"adam/{key}/{n}"] = np.array(value.detach().float().cpu())
         return out
 
     def load(self, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:

@@ -21,6 +21,11 @@ from assay.verdict import AnyScreen, Mode, Reason, State, Verdict, run_screen
 FORGED = frozenset({Reason.SEEDED, Reason.NOT_ENDED, Reason.INCOMPLETE, Reason.LOGIT, Reason.WRONG_PROMPT,
                     Reason.WRONG_ROUND, Reason.DUPLICATE, Reason.OUT_OF_RANGE, Reason.TOO_LARGE, Reason.MALFORMED})  # fmt: skip
 
+# What a slow line or weights that have come apart do to an honest node: as if nothing had come.
+LATE = frozenset({Reason.MISSING.value, Reason.WRONG_ROUND.value, Reason.WRONG_BASE.value})
+HONEST_REFUSED = 1e-3
+"""Share of honest completions that may be refused by mistake: what `assay calibrate` sets thresholds for."""
+
 
 @dataclass(slots=True)
 class Judged:
@@ -104,7 +109,8 @@ def forged_share(pool: Pool, verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Share of each node's owed completions that were forged, or held back by a node that sent others.
 
     Whoever sends some groups and not others chooses what is learnt from. A node that sends nothing at all is silent,
-    which is no crime; one refused at the wire counts as 1.
+    which is no crime, and so is one whose message came late or from other weights; else one refused at the wire counts
+    as 1.
     """
     forged = {
         (v.participant, v.contribution)
@@ -117,17 +123,35 @@ def forged_share(pool: Pool, verdicts: Sequence[Verdict]) -> dict[str, float]:
     for node in sent:
         owed = sum(pool.asked.get(node, {}).values())
         out[node] = min(1.0, (bad[node] + max(0, owed - sent[node])) / max(1, owed))
-    return out | {r.participant: 1.0 for r in pool.refused if r.reason != Reason.MISSING.value}
+    return out | {r.participant: 1.0 for r in pool.refused if r.reason not in LATE}
+
+
+def lost_groups(pool: Pool, verdicts: Sequence[Verdict]) -> dict[str, tuple[int, int]]:
+    """Groups in which a node forged some member, and groups it owed, by node."""
+    place = {(c.participant, c.sha256): (c.participant, c.prompt) for c in pool.completions}
+    lost = {
+        place[v.participant, v.contribution]
+        for v in verdicts
+        if v.weight == 0 and v.mode == "enforce" and v.reason in FORGED
+    }
+    per_node = Counter(node for node, _ in lost)
+    return {node: (per_node[node], len(asked)) for node, asked in pool.asked.items()}
+
+
+def honest_loss(pool: Pool) -> float:
+    """Chance that an honest group is lost: any of its completions refused by mistake."""
+    most = max((count for asked in pool.asked.values() for count in asked.values()), default=1)
+    return float(1 - (1 - HONEST_REFUSED) ** most)
 
 
 def update_trust(
     trust: Mapping[str, Strikes], pool: Pool, verdicts: Sequence[Verdict], rules: TrustRules
 ) -> dict[str, Strikes]:
     """Trust after this round, keyed by node. Nodes that sent nothing keep what they had."""
-    out = dict(trust)
+    out, lost, chance = dict(trust), lost_groups(pool, verdicts), honest_loss(pool)
     for node, share in forged_share(pool, verdicts).items():
         out[node] = out.get(node, Strikes()).update(
             pool.index, forged=share > rules.share, ban_after=rules.ban_after, window=rules.window,
-            readmit_after=rules.readmit_after,
+            readmit_after=rules.readmit_after, groups=lost.get(node, (0, 0)), chance=chance,
         )  # fmt: skip
     return out

@@ -21,7 +21,8 @@ class Logit:
     """Every token must lie among the model's k most likely (Hail to the Thief, logit check; k = 50 of 151,936).
 
     `slack` logits under the k-th are forgiven: two engines differ in last bits, and honest tokens lie at the border.
-    k is the evidence's (the sampler's own, where it cuts). A larger k lets rarer tokens in: TEXT passes first. Stops
+    k is the evidence's: `[defence.params.logit] k`, else the sampler's own top-k; without either it checks nothing and
+    is an error. A larger k lets rarer tokens in: TEXT passes first. Stops
     TEXT and CODE; not MATH, whose tokens are likely, nor DoS, whose tokens are the model's own. `floor` > 0 also wants
     every token's probability at least so high.
     """
