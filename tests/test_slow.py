@@ -61,6 +61,17 @@ def test_honest_clients_are_unharmed_and_attackers_are_seen(demo: tuple[Path, di
     assert metric(runs, "submitted", "auroc") >= 0.95
 
 
+def test_the_swarm_half_shows_what_it_says(demo: tuple[Path, dict[str, Any]]) -> None:
+    """MATH spreads undefended and past the logit check; under the seeded check no honest node learns it."""
+    _, runs = demo
+    of = {n.removeprefix("swarm."): s["metrics"] for n, s in runs.items() if n.startswith("swarm.")}
+    assert of["undefended"]["asr"] >= 0.9
+    assert of["logit"]["asr"] >= 0.5
+    assert of["seeded"]["asr"] <= 0.02
+    assert of["seeded"]["honest_rejected_rate"] <= 0.001
+    assert of["seeded"]["heldout_reward"] >= of["undefended"]["heldout_reward"]
+
+
 def test_the_canary_sees_attackers_from_the_third_round_on(demo: tuple[Path, dict[str, Any]]) -> None:
     """In the first two rounds one update's effect is within its noise, as the README says; the filters cover those."""
     out, runs = demo

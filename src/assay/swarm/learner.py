@@ -313,10 +313,10 @@ class Learner:
 
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """Weights and optimiser state, for a checkpoint: copies, which later steps leave alone."""
-        out = {f"weight/{n}": np.array(p.detach().float().cpu()) for n, p in self.parameters.items()}
+        out = {f"weight/{n}": p.detach().float().cpu().numpy().copy() for n, p in self.parameters.items()}
         for n, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
-                out[f"adam/{key}/{n}"] = np.array(value.detach().float().cpu())
+                out[f"adam/{key}/{n}"] = value.detach().float().cpu().numpy().copy()
         return out
 
     def load(self, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
