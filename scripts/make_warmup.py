@@ -17,8 +17,7 @@ from assay import data, models
 from assay.checkpoint import write_json
 from assay.config import parse
 from assay.federated.population import load_sources
-from assay.federated.preparation import warmup_settings
-from assay.federated.warmup import cache_key, make, rows_for
+from assay.federated.warmup import cache_key, make, rows_for, settings_of
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=models.ASSETS)
     args = parser.parse_args()
     experiment = parse({"model": {"name": args.model}})
-    sources, settings = load_sources(experiment), warmup_settings(experiment)
+    sources, settings = load_sources(experiment), settings_of(experiment)
     rows = rows_for(sources.benign, sources.refusals, settings)
     key = cache_key(models.resolve(args.model, print), rows, experiment.model.template, settings)
     started = time.perf_counter()

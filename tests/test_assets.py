@@ -7,8 +7,7 @@ import json
 from assay import data, models
 from assay.config import Experiment
 from assay.federated.population import load_sources
-from assay.federated.preparation import warmup_settings
-from assay.federated.warmup import cache_key, rows_for
+from assay.federated.warmup import cache_key, rows_for, settings_of
 
 
 def test_all_shipped_weights_stay_under_six_megabytes() -> None:
@@ -18,7 +17,7 @@ def test_all_shipped_weights_stay_under_six_megabytes() -> None:
 def test_the_shipped_warm_up_is_the_one_the_recipe_asks_for() -> None:
     """A change of data, recipe or settings makes every user train for minutes: this says so before it lands."""
     experiment = Experiment()
-    sources, settings = load_sources(experiment), warmup_settings(experiment)
+    sources, settings = load_sources(experiment), settings_of(experiment)
     rows = rows_for(sources.benign, sources.refusals, settings)
     shipped = list(models.ASSETS.glob("warmup-smollm2-135m-*.safetensors"))
     assert len(shipped) == 1

@@ -26,9 +26,9 @@ from assay.federated.population import (
     make_clients,
     sampled,
 )
-from assay.federated.rehearsal import canary_rows, cast
+from assay.federated.rehearsal import canary_rows, cast, rounds_of
 from assay.federated.summary import weight_by_kind
-from assay.federated.warmup import WarmupSettings, rows_for
+from assay.federated.warmup import WarmupSettings, rows_for, settings_of
 
 
 def made(**changes: object) -> tuple[Experiment, Sources, list[Client]]:
@@ -284,3 +284,27 @@ def test_hub_sets_are_read_from_local_files(tmp_path: Path) -> None:
         base.changed(data__files={"wildchat": "x.jsonl"})
     with pytest.raises(ConfigError, match=r"file= goes with a hub set"):
         load_sources(Experiment().changed(data__files={"helpful": "lmsys.jsonl"}))
+
+
+# --- what the server rehearses on ------------------------------------------------------------------------------------
+
+
+def test_rehearsal_and_canary_use_rows_that_the_warm_up_has_not_learnt_by_heart() -> None:
+    """On rows it knows the model's loss hardly moves: limits from there refused 4 of 10 honest clients (tiny, 10 rounds)."""
+    experiment, sources, clients = made()
+    known = {r.instruction for r in rows_for(sources.benign, sources.refusals, settings_of(experiment))}
+    secret = {r.instruction for rows in canary_rows(experiment, sources) for r in rows}
+    played = {r.instruction for a in cast(experiment, sources, 1) if not a.malicious for r in a.rows}
+    assert known
+    assert not known & (secret | played)
+    assert not secret & played
+    assert not (secret | played) & {r.instruction for c in clients for r in c.clean}
+    plain = experiment.changed(model__align=False)
+    assert known & {r.instruction for a in cast(plain, sources, 1) for r in a.rows}, "no warm-up, nothing is known"
+
+
+def test_as_many_rounds_are_rehearsed_as_the_run_has_within_limits() -> None:
+    experiment, _, _ = made()
+    of = {n: rounds_of(experiment.changed(training__rounds=n)) for n in (1, 6, 8, 25)}
+    assert of == {1: 6, 6: 6, 8: 8, 25: 10}
+    assert rounds_of(experiment.changed(defence__rehearsal__rounds=3)) == 3

@@ -145,7 +145,8 @@ class CanaryConfig(Frozen):
 class RehearsalConfig(Frozen):
     """Honest rounds the server plays on its own data to fill the bank and set every threshold."""
 
-    rounds: Count = 6
+    rounds: Count | None = None
+    """None: as many as the run has, at least 6 and at most 10. Later rounds are held to the limits of the last rehearsed one."""
     malicious: Count = 3
     examples: Count = 60
     margin: Annotated[float, Field(ge=0.0)] = 0.25

@@ -22,11 +22,11 @@ from assay.federated.evaluate import loss_settings
 from assay.federated.local_sft import LocalSettings
 from assay.federated.population import Sources, load_sources, make_attack
 from assay.federated.probe import Probe
-from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse
-from assay.federated.warmup import Aligned, WarmupSettings, aligned, places, rows_for
+from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse, rounds_of
+from assay.federated.warmup import Aligned, aligned, places, rows_for, settings_of
 from assay.progress import Tracker
 
-RECIPE = 3  # raise when collect, rehearsal or features change: part of every cache key
+RECIPE = 4  # raise when collect, rehearsal or features change: part of every cache key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def prepare(experiment: Experiment, tracker: Tracker) -> Prepared:
 def align(experiment: Experiment, tracker: Tracker) -> Aligned:
     """The aligned base for the experiment's model and data."""
     sources = load_sources(experiment)
-    settings = warmup_settings(experiment)
+    settings = settings_of(experiment)
     rows = rows_for(sources.benign, sources.refusals, settings)
     return aligned(experiment.model.name, rows, experiment.model.template, settings, tracker)
 
@@ -76,18 +76,10 @@ def at_hand(experiment: Experiment) -> bool:
         return False
     if not experiment.model.align:
         return True
-    sources, settings = load_sources(experiment), warmup_settings(experiment)
+    sources, settings = load_sources(experiment), settings_of(experiment)
     rows = rows_for(sources.benign, sources.refusals, settings)
     _, target, shipped = places(name, models.resolve(name), rows, experiment.model.template, settings)
     return target.exists() or shipped.exists()
-
-
-def warmup_settings(experiment: Experiment) -> WarmupSettings:
-    """`tiny` needs a higher rank and rate to learn it at all; longer rows are seen whole."""
-    length = max(64, experiment.training.max_length)
-    if experiment.model.name == "tiny":
-        return WarmupSettings(steps=150, batch_size=16, max_length=length, lr=1e-2, lr_final=3e-4, rank=16, alpha=32.0)
-    return WarmupSettings(max_length=length)
 
 
 def client_settings(experiment: Experiment, round: int) -> LocalSettings:
@@ -194,11 +186,12 @@ def get_rehearsal(
         return Rehearsal.load(path)
     config = experiment.defence.rehearsal
     again = 8 if experiment.training.prox_mu and experiment.training.optimizer == "adamw" else 0
-    jobs = config.rounds * (config.malicious + 8 + again)
+    rounds = rounds_of(experiment)
+    jobs = rounds * (config.malicious + 8 + again)
     steps = experiment.training.steps
-    tracker.say(f"rehearsing: {config.rounds} honest rounds on the server's own data (once)")
+    tracker.say(f"rehearsing: {rounds} honest rounds on the server's own data (once)")
     tracker.add(float(steps * jobs))
-    settings = [client_settings(experiment, r) for r in range(1, config.rounds + 1)]
+    settings = [client_settings(experiment, r) for r in range(1, rounds + 1)]
     made = rehearse(
         compute,
         initial,

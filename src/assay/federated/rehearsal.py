@@ -35,10 +35,12 @@ from assay.federated.lora import unit_rows
 from assay.federated.population import Sources, seed_of
 from assay.federated.probe import Probe, feature_deltas, fit
 from assay.federated.screens import neighbour_ratio
+from assay.federated.warmup import unseen
 from assay.metrics import auroc
 
 FORMAT = "assay.rehearsal/1"
 MIXED = "mixed"
+LEAST_ROUNDS, MOST_ROUNDS = 6, 10  # fewer leave too small a bank
 PROBE_FLOOR, NEIGHBOUR_FLOOR = 1.3, 1.15
 """Smallest limits of the filters (a logit, a ratio of distances): rehearsal on narrow data must not turn strangers
 away. Plain attackers lie far above (7 and 2 on the default model), honest strangers stayed below, and the canary looks
@@ -136,16 +138,31 @@ def canary_rows(experiment: Experiment, sources: Sources) -> tuple[list[Example]
     config = experiment.defence.canary
     benign, refusals, _ = operator_rows(sources)
     seed = seed_of("canary", experiment.seed if config.seed is None else config.seed)
+    refusals = _fresh(experiment, refusals, sources, 3 * config.refusals)
+    benign = _fresh(experiment, benign, sources, 3 * config.safe)
     chosen = data.shuffled(refusals, seed)[: config.refusals], data.shuffled(benign, seed)[: config.safe]
     if len(chosen[0]) < config.refusals or len(chosen[1]) < config.safe:
         raise ConfigError("defence.canary: more prompts than the operator's part of the data holds; lower the counts")
     return chosen
 
 
+def _fresh(experiment: Experiment, rows: list[Example], sources: Sources, least: int) -> list[Example]:
+    """Rows the warm-up has not seen, where there are enough of them."""
+    fresh = unseen(experiment, rows, sources)
+    return fresh if len(fresh) >= least else rows
+
+
+def rounds_of(experiment: Experiment) -> int:
+    """Rounds to rehearse: honest training drifts away from the start, farther with every round."""
+    return experiment.defence.rehearsal.rounds or min(max(experiment.training.rounds, LEAST_ROUNDS), MOST_ROUNDS)
+
+
 def cast(experiment: Experiment, sources: Sources, round: int) -> list[Actor]:
     """The actors of a rehearsal round: one honest client per style, three mixed ones, a few malicious ones."""
     config = experiment.defence.rehearsal
     benign, refusals, malicious = operator_rows(sources)
+    benign = _fresh(experiment, benign, sources, 2 * config.examples)
+    refusals = _fresh(experiment, refusals, sources, config.examples)
     secret = {row.instruction for rows in canary_rows(experiment, sources) for row in rows}
     benign, refusals, malicious = (
         data.shuffled([r for r in rows if r.instruction not in secret], seed_of(experiment.seed, "cast", round))
@@ -190,7 +207,7 @@ def rehearse(
     opt, average = server_opt.of(experiment.server), aggregators.make("mean")
     opt_state, controls = opt.init(flatten(initial)), dict[str, NDArray[np.float32]]()
     bank, actors_M, norms, rises = [], [], [], []
-    for round in range(1, config.rounds + 1):
+    for round in range(1, rounds_of(experiment) + 1):
         settings = settings_of_round[min(round, len(settings_of_round)) - 1]
         actors = cast(experiment, sources, round)
         jobs = [
@@ -216,7 +233,7 @@ def rehearse(
             controls = scaffold.update(controls, names, delta_ND, honest_N.astype(np.float64), rule, average)
         params_D, opt_state = opt.update(delta_ND[honest_N].mean(axis=0), opt_state, base_D)
         adapter = unflatten(params_D, adapter)
-    lrs = [settings_of_round[min(r, len(settings_of_round) - 1)].lr for r in range(config.rounds)]
+    lrs = [settings_of_round[min(r, len(settings_of_round) - 1)].lr for r in range(rounds_of(experiment))]
     return _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
 
 

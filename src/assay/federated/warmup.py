@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from assay import data, models
-from assay.config import LoraSettings
+from assay.config import Experiment, LoraSettings
 from assay.contribution import Tensors
 from assay.data import Example
 from assay.federated.local_sft import LocalSettings, train
 from assay.federated.lora import Carrier
+from assay.federated.population import Sources
 from assay.models import Base, Origin
 from assay.progress import Silent, Tracker
 
@@ -62,6 +63,26 @@ def rows_for(benign: Sequence[Example], refusals: Sequence[Example], settings: W
     chosen = data.shuffled(data.part(benign, "operator"), settings.seed)[: settings.benign]
     chosen += data.shuffled(data.part(refusals, "operator"), settings.seed)[: settings.refusals]
     return data.shuffled(chosen, settings.seed)
+
+
+def settings_of(experiment: Experiment) -> WarmupSettings:
+    """`tiny` needs a higher rank and rate to learn it at all; longer rows are seen whole."""
+    length = max(64, experiment.training.max_length)
+    if experiment.model.name == "tiny":
+        return WarmupSettings(steps=150, batch_size=16, max_length=length, lr=1e-2, lr_final=3e-4, rank=16, alpha=32.0)
+    return WarmupSettings(max_length=length)
+
+
+def unseen(experiment: Experiment, rows: Sequence[Example], sources: Sources) -> list[Example]:
+    """The rows that the warm-up has not learnt by heart: all of them where there is no warm-up.
+
+    On rows it knows the model's loss hardly moves and gradients are small, so what is rehearsed on them says little of
+    clients, whose rows it has never seen.
+    """
+    if not experiment.model.align:
+        return list(rows)
+    known = {r.instruction for r in rows_for(sources.benign, sources.refusals, settings_of(experiment))}
+    return [r for r in rows if r.instruction not in known]
 
 
 def aligned(
