@@ -1,7 +1,8 @@
 """Named benches of the federated wing: which attacks at which shares under which levels, and on which setting.
 
-small      the attacks that differ most, at 20, 50 and 70% malicious, three seeds: half an hour on two cores
-attacks    every attack that needs no trigger, likewise: some two hours
+small      every attack that needs no trigger at 20, 50 and 70% malicious, three seeds, on `tiny`: half an hour on two
+           cores
+real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
 backdoors  the attacks with a trigger, with and without the default defence
 full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
 """
@@ -20,7 +21,7 @@ WITHOUT_TRIGGER: Mapping[str, Mapping[str, Any]] = {
     "harmful_half": {"attack__name": "harmful_data", "attack__mix": 0.5},
     "one_topic": {},
     "slow": {"attack__params": {"over": 6}},
-    "sleeper": {"attack__params": {"from_round": 4}},
+    "sleeper": {},
     "strike": {"attack__params": {"period": 2, "phase": 0, "honest": 1}},
     "inflate_counts": {"aggregation__use_counts": True},
     "scaling": {},
@@ -43,7 +44,7 @@ WITHOUT_TRIGGER: Mapping[str, Mapping[str, Any]] = {
     "forged_evidence": {},
 }
 """By the name in the tables, what each changes; names without `attack__name` are the attack's own. Schedules are those
-that fit six rounds (`slow`: the whole way up within the run; `strike`: every second round)."""
+that fit six to ten rounds (`slow`: the whole way up by round 6; `strike`: every second round)."""
 
 WITH_TRIGGER: Mapping[str, Mapping[str, Any]] = {
     "backdoor": {},
@@ -52,11 +53,16 @@ WITH_TRIGGER: Mapping[str, Mapping[str, Any]] = {
 }
 
 # What differs most: plain, diluted, late, on the update, together with the honest, and four who know the defence.
-SMALL = (
+DIFFERENT = (
     "harmful_data", "harmful_half", "sleeper", "sign_flip", "min_max", "copy_benign", "remove_probe", "under_threshold",
     "blend", "gradient_penalty", "canary_aware",
 )  # fmt: skip
 SHARES = (0.2, 0.5, 0.7)
+TINY: Mapping[str, Any] = {
+    "model__name": "tiny", "model__dtype": "float32", "training__lr": 8e-3, "training__steps": 4,
+    "training__rounds": 10, "data__refusal_share": 0.05, "evaluate__harmful_prompts": 100, "evaluate__every": 10,
+}  # fmt: skip
+"""Where `tiny` (1 M parameters) keeps its refusals among honest clients and loses them to malicious ones."""
 QUICK: Mapping[str, Any] = {"evaluate__every": 6}
 """Only the finished model is asked: its answers cost as much as a round."""
 
@@ -70,15 +76,13 @@ class Preset:
     levels: tuple[str, ...] = ("submitted",)
     undefended: tuple[str, ...] = ("harmful_data",)
     seeds: tuple[int, ...] = (0, 1, 2)
-    settings: Mapping[str, Any] = field(default_factory=lambda: QUICK)
+    settings: Mapping[str, Any] = field(default_factory=lambda: TINY)
 
 
 PRESETS: Mapping[str, Preset] = {
-    "small": Preset(attacks=SMALL),
-    "attacks": Preset(attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence")),  # no evidence is asked for
-    "backdoors": Preset(
-        attacks=tuple(WITH_TRIGGER), undefended=tuple(WITH_TRIGGER), shares=(0.1, 0.3, 0.5, 0.7), seeds=(0,)
-    ),
+    "small": Preset(attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence")),  # no evidence is asked for
+    "real": Preset(attacks=DIFFERENT, settings=QUICK),
+    "backdoors": Preset(attacks=tuple(WITH_TRIGGER), undefended=tuple(WITH_TRIGGER), shares=(0.1, 0.3, 0.5, 0.7)),
     "full": Preset(
         attacks=(*WITHOUT_TRIGGER, *WITH_TRIGGER),
         undefended=(*WITHOUT_TRIGGER, *WITH_TRIGGER),

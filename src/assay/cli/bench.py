@@ -24,7 +24,7 @@ def bench_federated(
     config_file: Annotated[Path | None, typer.Option("--config", help="Base experiment; default: the demo's.")] = None,
     preset: Annotated[
         str,
-        typer.Option(help="small, attacks, backdoors or full: a grid of attacks, shares and levels with its seeds."),
+        typer.Option(help="small, real, backdoors or full: a grid of attacks, shares and levels with its seeds."),
     ] = "",
     levels: Annotated[
         str,
