@@ -94,24 +94,23 @@ def make_clients(experiment: Experiment, sources: Sources) -> list[Client]:
         config.total, config.examples, config.size_spread, experiment.training.batch_size, seed_of(seed, "sizes")
     )
     refusal_N = [int(size * experiment.data.refusal_share + 0.5) for size in size_N]
-    # malicious clients are dealt clean rows whether their attack reads them or not: an honest client then has the same
-    # rows under every attack and at every share, and runs can be compared
-    mixed = [i for i in range(config.total) if i not in odd]
+    # malicious clients are dealt clean rows whether their attack reads them or not, and last: an honest client then has
+    # the same rows under every attack, and runs can be compared
+    mixed = [i for i in (*honest, *sorted(bad)) if i not in odd]
     benign = _benign(experiment, sources, {i: size_N[i] - refusal_N[i] for i in mixed})
     refusals = _Deal(sources.refusals, seed, "data.refusals")
     harmful = _Deal(sources.malicious, seed, "data.malicious")
     unseen = [_Deal(rows, seed, f"data.strangers.{s}") for rows, s in zip(sources.strangers, experiment.data.strangers)]
-    out = []
-    for i, size in enumerate(size_N):
-        clean: list[Example] = []
+    out = {}
+    for i in (*honest, *sorted(bad)):
         if i in odd:  # refusals are rows the server knows: a stranger has none
-            clean = unseen[odd.index(i) % len(unseen)].take(size)
-        elif i in benign:
+            clean = unseen[odd.index(i) % len(unseen)].take(size_N[i])
+        else:
             clean = data.shuffled([*benign[i], *refusals.take(refusal_N[i])], seed_of(seed, "clean", i))
-        rows = harmful.take(size) if i in bad else []
+        rows = harmful.take(size_N[i]) if i in bad else []
         kind: Kind = "stranger" if i in odd else "skewed" if config.partition == "dirichlet" else "iid"
-        out.append(Client(f"client-{i:02d}", i in bad, tuple(clean), tuple(rows), kind))
-    return out
+        out[i] = Client(f"client-{i:02d}", i in bad, tuple(clean), tuple(rows), kind)
+    return [out[i] for i in range(config.total)]
 
 
 def _benign(experiment: Experiment, sources: Sources, wanted: Mapping[int, int]) -> dict[int, list[Example]]:
