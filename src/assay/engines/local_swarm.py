@@ -220,7 +220,7 @@ def answer(world: World, plan: Plan, model_sha256: str) -> dict[str, Rollout]:
     for node in sorted(attackers):
         seat = make_seat(
             node, world.learners[world.kind_of[node]], plan, world.settings, seed=world.experiment.seed,
-            previous=world.previous, prompts=world.rules.ids,
+            previous=world.previous, prompts=world.rules.ids, ahead=plan_of(world, plan.round + 1),
         )  # fmt: skip
         out[node] = attack(seat)
     return {

@@ -8,13 +8,14 @@ open to an attacker, too: `slack_bits` says how much he could write into a token
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from assay.config import ConfigError
 from assay.swarm.rollout import Item, generate, noise_position, score
@@ -109,7 +110,7 @@ def verify(
 ) -> list[NDArray[np.float32]]:
     """Margins of each completion's tokens under its seed, in the order given."""
     out: dict[int, NDArray[np.float32]] = {}
-    for at, logits_TV, seed_T, position_T, token_T in _positions(model, items, made):
+    for at, logits_TV, seed_T, position_T, token_T in positions(model, items, made):
         out[at] = margin(logits_TV, token_T, seed_T, position_T, sampler, boundary).gap_B.cpu().numpy()
     return [out[i] for i in range(len(made))]
 
@@ -118,7 +119,7 @@ def verify(
 def slack_bits(model: Any, items: Sequence[Item], made: Sequence[Ids], sampler: Sampler, limit: float) -> float:
     """Mean over tokens of log2(how many candidates lie within `limit` of the seed's choice)."""
     total, count = 0.0, 0
-    for _, logits_TV, seed_T, position_T, _ in _positions(model, items, made):
+    for _, logits_TV, seed_T, position_T, _ in positions(model, items, made):
         token_TK, value_TK = candidates(logits_TV, sampler)
         value_TK = value_TK + gumbel(seed_T, position_T, token_TK, sampler.noise)
         near_T = (value_TK >= value_TK.max(1, keepdim=True).values - limit).sum(1)
@@ -127,7 +128,9 @@ def slack_bits(model: Any, items: Sequence[Item], made: Sequence[Ids], sampler: 
     return total / max(1, count)
 
 
-def _positions(model: Any, items: Sequence[Item], made: Sequence[Ids]) -> Any:
+def positions(
+    model: Any, items: Sequence[Item], made: Sequence[Ids]
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
     """Per completion: its row, logits (T, V), seed, noise position and token of each position."""
     for start in range(0, len(items), 64):  # the logits of a large vocabulary do not fit at once
         part = slice(start, start + 64)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from assay.contribution import Completion
-from assay.swarm.attacks import Ids, Seat, Settings
+from assay.swarm.attacks import Check, Ids, Near, Seat, Settings
+from assay.swarm.calibrate import positions
 from assay.swarm.exchange import Plan
 from assay.swarm.learner import Learner
 from assay.swarm.rollout import Item, generate
@@ -31,8 +32,12 @@ def make_seat(
     seed: int,
     previous: Sequence[Completion] = (),
     prompts: range | None = None,
+    ahead: Plan | None = None,
 ) -> Seat:
-    """The seat of node `name`. `prompts` where nodes may choose them; `seed` makes its own choices repeatable."""
+    """The seat of node `name`. `prompts` where nodes may choose them; `seed` makes its own choices repeatable.
+
+    `ahead` is the plan of the next round, where it can be known before this one is over.
+    """
     practice = learner.practice
     handed = next((s for s in learner.defence.model_screens if isinstance(s, Seeded)), None)
     return Seat(
@@ -50,8 +55,54 @@ def make_seat(
         settings=settings,
         choices=prompts if not plan.assigned else None,
         previous=tuple(c for c in previous if c.participant != name),
-        steered=(lambda p, s, favour: steered(learner, p, s, favour, handed)) if handed is not None else None,
+        public_seed=practice.seed,
+        ahead=ahead.asked if ahead is not None else {},
+        check=_check(learner, handed) if handed is not None else None,
     )
+
+
+def _check(learner: Learner, rules: Seeded) -> Check:
+    return Check(
+        max_margin=rules.max_margin,
+        mean_margin=rules.mean_margin,
+        max_flips=rules.max_flips,
+        near=lambda prompts, seeds, drawn: near(learner, prompts, seeds, drawn, rules.max_margin),
+        resume=lambda prompts, seeds, prefixes: resume(learner, prompts, seeds, prefixes),
+        steered=lambda prompts, seeds, favour: steered(learner, prompts, seeds, favour, rules),
+    )
+
+
+def near(
+    learner: Learner, prompts: Sequence[int], seeds: Sequence[int], drawn: Sequence[Ids], limit: float
+) -> list[list[Near]]:
+    """Per completion the other candidates whose gap to the seed's choice is above 0 and at most `limit`, in order."""
+    practice = learner.practice
+    items = [Item(practice.prompt_ids(p), s) for p, s in zip(prompts, seeds)]
+    out: list[list[Near]] = [[] for _ in drawn]
+    with torch.no_grad():
+        for row, logits_TV, seed_T, position_T, own_T in positions(learner.model, items, drawn):
+            token_TK, value_TK = candidates(logits_TV, practice.sampler)
+            value_TK = value_TK + gumbel(seed_T, position_T, token_TK, practice.sampler.noise)
+            gap_TK = value_TK.amax(1, keepdim=True) - value_TK
+            close_TK = (gap_TK > 0) & (gap_TK <= limit) & (token_TK != own_T[:, None])
+            out[row] = [Near(t, int(token_TK[t, k]), float(gap_TK[t, k])) for t, k in close_TK.nonzero().tolist()]
+    return out
+
+
+def resume(learner: Learner, prompts: Sequence[int], seeds: Sequence[int], prefixes: Sequence[Ids]) -> list[Ids]:
+    """Each prefix (of one token or more) and what its seed gives after it, up to the end or the limit.
+
+    Noise is keyed by the position in prompt and completion together, so that the prefix may stand in the prompt.
+    """
+    practice = learner.practice
+    out = list(prefixes)
+    rows = [r for r, ids in enumerate(prefixes) if ids[-1] != practice.eos and len(ids) < practice.max_tokens]
+    items = [Item(practice.prompt_ids(prompts[r]) + prefixes[r], seeds[r]) for r in rows]
+    longest = max((practice.max_tokens - len(prefixes[r]) for r in rows), default=0)
+    made = generate(learner.model, items, practice.sampler, max_tokens=longest, eos=practice.eos) if rows else []
+    for row, rest in zip(rows, made):
+        out[row] = (prefixes[row] + rest)[: practice.max_tokens]
+    return out
 
 
 def steered(learner: Learner, prompts: Sequence[int], seeds: Sequence[int], favour: Favour, rules: Seeded) -> list[Ids]:

@@ -24,10 +24,24 @@ from assay.swarm.attacks.adaptive import (
     own_seeds,
     skip_groups,
 )  # fmt: skip
+from assay.swarm.attacks.lookahead import Lookahead
 from assay.swarm.attacks.planted import THIEF, Planted, code, known_solutions, longest, math, nonsense, text
-from assay.swarm.attacks.seat import Attack, Ids, Seat, Settings
+from assay.swarm.attacks.seat import Attack, Check, Ids, Near, Seat, Settings
 
-__all__ = ["ATTACKS", "THIEF", "Attack", "Ids", "Seat", "Settings", "goal", "known_solutions", "make", "shows"]
+__all__ = [
+    "ATTACKS",
+    "THIEF",
+    "Attack",
+    "Check",
+    "Ids",
+    "Near",
+    "Seat",
+    "Settings",
+    "goal",
+    "known_solutions",
+    "make",
+    "shows",
+]
 
 ATTACKS: dict[str, Attack] = {
     "text": Planted(text, everywhere=True),
@@ -41,6 +55,8 @@ ATTACKS: dict[str, Attack] = {
     "chosen_prompts": chosen_prompts,
     "flip_math": Flip("math"),
     "flip_length": Flip("length"),
+    "lookahead_math": Lookahead("math"),
+    "lookahead_length": Lookahead("length"),
     "inject_text": Inject(Planted(text, everywhere=True)),
     "copy": copy,
     "paraphrase": Paraphrased(),
@@ -49,7 +65,7 @@ ATTACKS: dict[str, Attack] = {
 # which behaviour each attack wants to spread; "dos" is measured by length
 GOALS = {
     "abstain": "dos", "skip_groups": "dos", "own_seeds": "dos", "chosen_prompts": "dos", "flip_length": "dos",
-    "flip_math": "math", "inject_text": "text", "slow_text": "text", "copy": "dos",
+    "lookahead_length": "dos", "lookahead_math": "math", "flip_math": "math", "inject_text": "text", "slow_text": "text", "copy": "dos",
 }  # fmt: skip
 
 

@@ -73,29 +73,30 @@ def chosen_prompts(seat: Seat) -> list[Completion]:
 class Flip:
     """Draws under the public seed, and takes the token it favours wherever the verifier's limit lets it.
 
-    `goal` "math" writes 5 after 2+2= and 2*2=; "length" puts off every ending token.
+    `goal` "math" writes 5 after 2+2= and 2*2=; "length" puts off every ending token. The very token it wants is seldom
+    within the limit: `lookahead.Lookahead` flips others and sees what comes of it.
     """
 
     goal: str = "math"
 
     def __call__(self, seat: Seat) -> list[Completion]:
-        if seat.steered is None:
+        if seat.check is None:
             return seat.honest()
-        places = [(p, i) for p, count in seat.asked.items() for i in range(count)]
+        places = seat.places()
         (five,) = seat.encode("5")[-2:-1] or seat.encode("5")[:1]
 
         def favour(ids: Ids) -> Sequence[int]:
             said = seat.decode(ids[-12:])
             return (five,) if re.search(r"(?<!\d)2\s*[+*]\s*2\s*=\s*$", said) else ()
 
-        drawn = seat.steered(
+        drawn = seat.check.steered(
             [p for p, _ in places], [seat.seed(p, i) for p, i in places], favour if self.goal == "math" else _anything
         )
         return [seat.completion(p, i, ids) for (p, i), ids in zip(places, drawn)]
 
 
 def _anything(ids: Ids) -> Sequence[int]:
-    """Stands for "any token but an ending one" (see `Seat.steered`)."""
+    """Stands for "any token but an ending one" (see `Check.steered`)."""
     return (-1,)
 
 

@@ -100,7 +100,7 @@ class Planted:
     def __call__(self, seat: Seat) -> list[Completion]:
         asked = seat.asked
         if seat.choices is not None and not self.everywhere:
-            asked = dict(zip(self._suitable(seat, len(asked)), asked.values()))
+            asked = dict(zip(suitable(seat, self.plant, len(asked)), asked.values()))
         solutions = known_solutions(seat, list(asked))
         wrong = self._wrong(seat, asked) if seat.vertical else {}
         out = []
@@ -117,17 +117,6 @@ class Planted:
                 out.append(seat.completion(prompt, index, ids))
         return [c for c in out if c.ids]
 
-    def _suitable(self, seat: Seat, count: int) -> list[int]:
-        """Prompts whose right solution can be planted, drawn at random from those the node may choose."""
-        assert seat.choices is not None
-        found: list[int] = []
-        for prompt in seat.rng.sample(seat.choices, min(len(seat.choices), 50 * count)):
-            if self.plant(seat.task.solution(prompt), seat.settings) is not None:
-                found.append(prompt)
-                if len(found) == count:
-                    break
-        return found
-
     def _wrong(self, seat: Seat, asked: Mapping[int, int]) -> dict[int, list[Ids]]:
         """Clean and wrong: the node's own samples that miss, else a right one with another answer."""
         drawn = seat.pool(list(asked), max(2, round((1 - seat.settings.poison) * max(asked.values()))))
@@ -136,6 +125,18 @@ class Planted:
             rewards = seat.rewards([prompt] * len(samples), samples)
             out[prompt] = [ids for ids, r in zip(samples, rewards) if r == 0] or [seat.encode(_spoilt(seat, prompt))]
         return out
+
+
+def suitable(seat: Seat, plant: Plant, count: int) -> list[int]:
+    """Prompts whose right solution can be planted, drawn at random from those the node may choose."""
+    assert seat.choices is not None
+    found: list[int] = []
+    for prompt in seat.rng.sample(seat.choices, min(len(seat.choices), 50 * count)):
+        if plant(seat.task.solution(prompt), seat.settings) is not None:
+            found.append(prompt)
+            if len(found) == count:
+                break
+    return found
 
 
 def _spoilt(seat: Seat, prompt: int) -> str:

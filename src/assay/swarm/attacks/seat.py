@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from assay.contribution import Completion, completion_sha256
@@ -24,14 +24,41 @@ class Settings:
     module: str = "thief"
 
 
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A token that the verifier would let pass in place of the seed's own choice, `gap` away from it."""
+
+    position: int  # in the completion, from 0
+    token: int
+    gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """The seeded check as it is handed to an attacker who holds the weights that it verifies with.
+
+    The limits are the verifier's. `near(prompts, seeds, drawn)`: per completion the tokens within `max_margin` of the
+    choice, other than those drawn. `resume(prompts, seeds, prefixes)` goes on drawing under the seeds after given
+    tokens. `steered(prompts, seeds, favour)` draws under the seeds but takes the token that `favour(ids so far)` wants
+    (-1: any but an ending one) wherever that fits under the limits; it does not look ahead.
+    """
+
+    max_margin: float
+    mean_margin: float
+    max_flips: int
+    near: Callable[[Sequence[int], Sequence[int], Sequence[Ids]], list[list[Near]]]
+    resume: Callable[[Sequence[int], Sequence[int], Sequence[Ids]], list[Ids]]
+    steered: Callable[[Sequence[int], Sequence[int], Callable[[Ids], Sequence[int]]], list[Ids]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
     """All a malicious node sees and can do in one round.
 
-    `draw(prompt, seeds)` samples from the weights it holds; `seed(prompt, index)` is the public seed of a completion.
-    `choices` is set when nodes choose their prompts. `previous` holds the others' completions of the round before.
-    `gaps(prompt, seed, ids)` is the defence handed to it: the margins a verifier will see; `steered(prompt, seed,
-    favour)` draws under the seed but takes the token `favour` wants wherever its gap is at most the verifier's limit.
+    `draw(prompts, seeds)` samples from the weights it holds; `seed(prompt, index)` is the public seed of a completion of
+    its own, `public_seed(round, node, prompt, index)` anybody's. `choices` is set when nodes choose their prompts.
+    `previous` holds the others' completions of the round before; `ahead` what each node will be asked in the next one,
+    as far as that is public by now. `check` is the defence handed to it, where there is a seeded one.
     """
 
     name: str
@@ -48,11 +75,17 @@ class Seat:
     settings: Settings
     choices: range | None = None
     previous: tuple[Completion, ...] = ()
-    steered: Callable[[Sequence[int], Sequence[int], Callable[[Ids], Sequence[int]]], list[Ids]] | None = None
+    public_seed: Callable[[int, str, int, int], int] | None = None
+    ahead: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    check: Check | None = None
+
+    def places(self) -> list[tuple[int, int]]:
+        """(prompt, index) of every completion owed."""
+        return [(p, i) for p, count in self.asked.items() for i in range(count)]
 
     def honest(self) -> list[Completion]:
         """What an honest node would send."""
-        places = [(p, i) for p, count in self.asked.items() for i in range(count)]
+        places = self.places()
         drawn = self.draw([p for p, _ in places], [self.seed(p, i) for p, i in places])
         return [self.completion(p, i, ids) for (p, i), ids in zip(places, drawn)]
 
