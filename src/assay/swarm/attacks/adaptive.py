@@ -31,15 +31,38 @@ def abstain(seat: Seat) -> list[Completion]:
 def skip_groups(seat: Seat) -> list[Completion]:
     """Sends whole, honestly drawn groups, but only those in which right answers are longer than wrong ones."""
     honest = seat.honest()
+    liked = _liked(seat, honest)
+    return [c for c in honest if c.prompt in liked]
+
+
+def veto(seat: Seat) -> list[Completion]:
+    """Draws honestly and spoils one token in one completion of every group it does not like (see `skip_groups`).
+
+    Knows that a group falls whole when one of it is forged: so it chooses among its groups and still sends all it owes,
+    with a few percent of it forged. The token is one that no model begins with.
+    """
+    honest = seat.honest()
+    liked = _liked(seat, honest)
+    out = []
+    for c in honest:
+        other = next((t for t in reversed(c.ids[:-1]) if t != c.ids[0]), None)
+        if c.index == 0 and c.prompt not in liked and other is not None:
+            c = seat.completion(c.prompt, c.index, (other, *c.ids[1:]))
+        out.append(c)
+    return out
+
+
+def _liked(seat: Seat, honest: Sequence[Completion]) -> set[int]:
+    """Prompts of the groups in which right answers are longer than wrong ones."""
     rewards = seat.rewards([c.prompt for c in honest], [c.ids for c in honest])
-    keep: list[Completion] = []
+    found = set()
     for prompt in seat.asked:
         rows = [(c, r) for c, r in zip(honest, rewards) if c.prompt == prompt]
         right = [len(c.ids) for c, r in rows if r > 0]
         wrong = [len(c.ids) for c, r in rows if r == 0]
         if right and wrong and sum(right) / len(right) > sum(wrong) / len(wrong):
-            keep += [c for c, _ in rows]
-    return keep
+            found.add(prompt)
+    return found
 
 
 def own_seeds(seat: Seat) -> list[Completion]:
@@ -124,6 +147,27 @@ def copy(seat: Seat) -> list[Completion]:
         taken = theirs.pop() if theirs else own
         out.append(seat.completion(own.prompt, own.index, taken.ids))
     return out
+
+
+def front_run(seat: Seat) -> list[Completion]:
+    """Sends now what the others will draw in the next round, so that they will be the ones who copy.
+
+    Knows the next round's plan, everybody's public seeds and the weights it holds itself: these move a little until
+    then, so a part of its guesses come true. It takes the right ones, the longest first: the most to lose, and too long
+    to be met by chance. Where the plan or the seeds are not public yet, it copies (and is honest where nothing fits).
+    """
+    if seat.public_seed is None or not seat.ahead:
+        return copy(seat)
+    theirs = [
+        (n, p, i) for n, asked in seat.ahead.items() if n != seat.name for p, k in asked.items() for i in range(k)
+    ]
+    prompts = [p for _, p, _ in theirs]
+    drawn = seat.draw(prompts, [seat.public_seed(seat.round + 1, *place) for place in theirs])
+    ranked = sorted(zip(seat.rewards(prompts, drawn), drawn), key=lambda x: (-x[0], -len(x[1])))
+    places, foreseen = seat.places(), list(dict.fromkeys(ids for _, ids in ranked))
+    left = places[len(foreseen) :]
+    foreseen += seat.draw([p for p, _ in left], [seat.seed(*place) for place in left]) if left else []
+    return [seat.completion(p, i, ids) for (p, i), ids in zip(places, foreseen)]
 
 
 @dataclass(frozen=True, slots=True)
