@@ -176,6 +176,21 @@ def test_every_swarm_suite_can_be_run_from_files(name: str, seeds: list[int]) ->
                   group=e.swarm.group, ids=range(1000), assigned=e.swarm.assigned)  # fmt: skip
 
 
+def test_every_attack_of_the_swarm_is_in_a_suite() -> None:
+    """A new attack without a measured proof is an omission; `nonsense` is TEXT said more often."""
+    assert {e.attack.name for e in swarm.suite(list(swarm.SUITES), [0])} == set(attacks.ATTACKS) - {"nonsense"}
+
+
+def test_what_text_screens_cost_a_clean_swarm_is_measured_for_every_attack_at_home() -> None:
+    runs = swarm.suite(["heterogeneous", "text_aware"], [0])
+    clean = [e for e in runs if not e.swarm.malicious_count and e.defence.level == "text"]
+    assert {e.attack.name for e in clean} >= set(swarm.HOME)
+    assert {e.swarm.plan for e in clean} == {"vertical", "horizontal"}
+    for e in clean:
+        assert e.model.others
+        assert swarm.row(e, {"metrics": {}, "detection": {}, "banned": {}, "seconds": {}})["attack"] == "none"
+
+
 def test_suites_do_not_share_directories() -> None:
     """`--suite core,adaptive` puts all runs into one folder."""
     names = [e.name for e in swarm.suite(list(swarm.SUITES), [0, 1])]

@@ -3,7 +3,8 @@
 demo           MATH: honest only, undefended, logit check, seeded check
 core           each of the four attacks: honest only, undefended, logit check, seeded check
 adaptive       attackers who know the seeded check, against it
-heterogeneous  two different models in one swarm: the screens that read text
+heterogeneous  two different models in one swarm: the screens that read text, and what they cost honest nodes alone
+text_aware     attackers who know the screens that read text, against them
 late           defences that start when the phrase is everywhere
 ablation       malicious share, plan, oracle or majority vote, KL penalty, the model judging itself
 smollm2        TEXT on SmolLM2-135M (an hour on two cores)
@@ -27,6 +28,8 @@ HOME: dict[str, dict[str, Any]] = {
     "dos": {"swarm__plan": "vertical", "swarm__iterations": 32},
 }
 LEVELS = ("none", "logit", "seeded")
+# limits for engines in bf16; `assay calibrate` makes them for a pair in use
+BF16_LIMITS = {"max_margin": 0.75, "mean_margin": 0.05, "max_flips": 8, "boundary": 0.25}
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "abstain": {},
     "skip_groups": {},
@@ -37,6 +40,10 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "inject_text": {"swarm__plan": "horizontal"},
     "copy": {},
     "sleeper": {"attack__name": "math", "attack__from_round": 8, "swarm__assigned": False},
+    "lookahead_math": {},
+    "lookahead_length": {},
+    "lookahead_math_bf16": {"attack__name": "lookahead_math", "defence__params": {"seeded": BF16_LIMITS}},
+    "veto": {},
 }
 # nodes that learn from other weights' completions as if they were their own need smaller steps: at the rates above
 # honest training among two models loses the reward it should gain. TEXT hardly spreads below 3e-4.
@@ -45,6 +52,13 @@ TWO_MODELS: dict[str, dict[str, Any]] = {
     "text": {"grpo__lr": 3e-4, "swarm__iterations": 32},
     "code": {"swarm__iterations": 16},
     "dos": {"grpo__lr": 1.5e-4, "swarm__iterations": 24},
+}
+# attackers who know the screens that read text; MATH needs to choose its prompts, the others are at home anywhere
+TEXT_AWARE: dict[str, dict[str, Any]] = {
+    "masked_math": {},
+    "front_run": {},
+    "deflate": {},
+    "right_working_wrong_answer": {"swarm__plan": "horizontal"},
 }
 HETEROGENEOUS = ("math", "text", "code", "dos", "paraphrase", "slow_text")
 SECOND_MODEL = "tiny-b"
@@ -87,21 +101,37 @@ def core(seed: int, several: bool) -> list[SwarmExperiment]:
 def adaptive(seed: int, several: bool) -> list[SwarmExperiment]:
     out = []
     for attack, changes in ADAPTIVE.items():
-        base = base_of(changes.get("attack__name", attack), seed).changed(**changes)
-        out.append(named(base.changed(defence__level="seeded"), "adaptive", attack, several=several))
+        base = base_of(changes.get("attack__name", attack), seed).changed(defence__level="seeded")
+        out.append(named(base.changed(**changes), "adaptive", attack, several=several))
     return out
 
 
 def heterogeneous(seed: int, several: bool) -> list[SwarmExperiment]:
     out = []
     for attack in HETEROGENEOUS:
-        base = base_of(attack, seed).changed(model__others=(SECOND_MODEL,), **TWO_MODELS[_home(attack)])
+        base = _two_models(attack, seed)
         if attack in HOME:
-            honest = base.changed(swarm__malicious=0.0, defence__level="none")
-            out.append(named(honest, "two_models", attack, "honest_only", several=several))
+            honest = base.changed(swarm__malicious=0.0)
+            for level, what in (("none", "honest_only"), ("text", "honest_text")):
+                out.append(named(honest.changed(defence__level=level), "two_models", attack, what, several=several))
         for level, what in (("none", "undefended"), ("text", "text")):
             out.append(named(base.changed(defence__level=level), "two_models", attack, what, several=several))
     return out
+
+
+def _two_models(attack: str, seed: int) -> SwarmExperiment:
+    """The experiment in which `attack` is at home among two models, undefended."""
+    return base_of(attack, seed).changed(model__others=(SECOND_MODEL,), **TWO_MODELS[_home(attack)])
+
+
+def text_aware(seed: int, several: bool) -> list[SwarmExperiment]:
+    """Under level text. Honest alone in the plan that the saboteur is in; vertical ones are in `heterogeneous`."""
+    out = []
+    for attack, changes in TEXT_AWARE.items():
+        base = _two_models(attack, seed).changed(defence__level="text", **changes)
+        out.append(named(base, "text_aware", attack, several=several))
+    honest = out[-1].changed(swarm__malicious=0.0)
+    return [named(honest, "text_aware", "honest_text", several=several), *out]
 
 
 def late(seed: int, several: bool) -> list[SwarmExperiment]:
@@ -140,7 +170,6 @@ REAL: dict[str, Any] = {
     "sampling__max_tokens": 64, "grpo__lr": 4e-4, "grpo__micro_rows": 16, "evaluate__prompts": 32,
     "evaluate__samples": 2, "evaluate__every": 10,
 }  # fmt: skip
-BF16_LIMITS = {"max_margin": 0.75, "mean_margin": 0.05, "max_flips": 8, "boundary": 0.25}
 
 
 def smollm2(seed: int, several: bool) -> list[SwarmExperiment]:
@@ -157,6 +186,7 @@ SUITES: dict[str, Callable[[int, bool], list[SwarmExperiment]]] = {
     "core": core,
     "adaptive": adaptive,
     "heterogeneous": heterogeneous,
+    "text_aware": text_aware,
     "late": late,
     "ablation": ablation,
     "smollm2": smollm2,

@@ -73,7 +73,10 @@ def bench_federated(
 @bench_app.command("swarm")
 def bench_swarm(
     suite: Annotated[
-        str, typer.Option(help="demo, core, adaptive, heterogeneous, late, ablation, smollm2 or a list of them.")
+        str,
+        typer.Option(
+            help="demo, core, adaptive, heterogeneous, text_aware, late, ablation, smollm2 or a list of them."
+        ),
     ] = "core",
     seeds: Seeds = "0,1,2",
     only: Annotated[
