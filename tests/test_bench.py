@@ -251,7 +251,7 @@ def test_a_row_says_what_was_run_and_what_came_of_it() -> None:
     rows = swarm_rows(swarm.core(0, False))
     assert {
         "name", "attack", "goal", "defence", "share", "plan", "task", "models", "oracle", "kl", "seed", "detection",
-        "banned", "seconds", *tables.SWARM_COLUMNS.values(),
+        "banned", "seconds", "honest_rejected_by_model", *tables.SWARM_COLUMNS.values(),
     } == set(rows["swarm.math.seeded"])  # fmt: skip
     assert rows["swarm.math.seeded"]["banned"] == {"node-1": 4}
     assert rows["swarm.math.seeded"]["seconds"] == {"total": 12.35}
@@ -305,3 +305,8 @@ def test_a_swarm_table_groups_seeds_and_shows_their_spread() -> None:
     assert lines[3] == "| `math.none` | – | 0.500 | 40.0 | 0.000 | – | – | 10 |"
     assert "seeds 0, 1, 2" in text
     assert "m (float32)" in text
+    mixed = [of(0, 0.9, "text", None) | {"models": 2, "honest_rejected_worst_model": 0.25}, of(0, None, "none", None)]
+    lines = tables.table({**fake(mixed), "wing": "swarm"}).splitlines()
+    assert "| malicious refused | honest refused, worst model | AUROC |" in lines[0]
+    assert "| 0.000 | – | 0.250 | – |" in lines[2]
+    assert "| 0.000 | – | – | – |" in lines[3], "finished before it was counted"

@@ -27,6 +27,7 @@ from assay.swarm.learner import Learner, Memory
 from assay.swarm.screens.common import say
 from assay.swarm.screens.model import Logit, Seeded, TokenMask
 from assay.swarm.seats import make_seat
+from assay.swarm.summary import round_row
 from assay.trust import Strikes
 from assay.verdict import Reason, State, Verdict
 from assay.wire import encode_rollout
@@ -493,6 +494,44 @@ def test_two_architectures_in_one_swarm(tmp_path: Path) -> None:
     rows = run_dir.read_metrics(tmp_path / "run")
     assert rows[-1]["round"] == 2
     assert all(row["honest_rejected_rate"] is not None for row in rows[1:])
+    by_model = summary["honest_rejected_by_model"]
+    assert set(by_model) == {"tiny", str(other)}
+    assert summary["metrics"]["honest_rejected_worst_model"] == max(by_model.values())
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Refuses all that some nodes send: stands for a screen that errs on differently trained peers."""
+
+    against: frozenset[str]
+    name: str = "partial"
+
+    def screen(self, pool: Pool, state: State) -> tuple[list[Verdict], State]:
+        return [
+            say(c, self.name, Reason.ENRICHMENT, "is of another kind") if c.participant in self.against
+            else say(c, self.name)
+            for c in pool.completions
+        ], state  # fmt: skip
+
+
+def test_refusals_are_counted_by_the_model_of_who_was_refused(tmp_path: Path) -> None:
+    """The mean over all honest nodes hides what a differently trained peer loses."""
+    other = str(other_architecture(tmp_path / "other"))
+    world = world_of(small(model__others=[other], defence__level="none"))
+    found = gathered_of(world)
+    strangers = frozenset(n for n, kind in world.kind_of.items() if kind == other)
+    learnt = {}
+    for kind, learner in world.learners.items():  # each refuses the other's
+        against = strangers if kind == "tiny" else frozenset()
+        learner.defence = replace(learner.defence, screens=(Partial(against),))
+        _, learnt[kind] = learner.learn(found, Memory())
+    row = round_row(1, "math", world.settings, learnt, world.malicious, world.memory, world.kind_of)
+    assert row["honest_rejected_by_model"] == {"tiny": 0.0, other: 1.0}
+    assert 0 < row["honest_rejected_rate"] < 0.5
+    alone = {"tiny": learnt["tiny"]}
+    same = dict.fromkeys(world.nodes, "tiny")
+    one = round_row(1, "math", world.settings, alone, world.malicious, world.memory, same)
+    assert one["honest_rejected_by_model"] == {"tiny": one["honest_rejected_rate"]}
 
 
 def test_equal_weights_are_needed_where_margins_are_compared() -> None:

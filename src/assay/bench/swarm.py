@@ -218,6 +218,7 @@ def row(experiment: SwarmExperiment, summary: Mapping[str, Any]) -> dict[str, An
         "kl": experiment.grpo.kl,
         "seed": experiment.seed,
         **summary["metrics"],
+        "honest_rejected_by_model": summary.get("honest_rejected_by_model", {}),  # runs of before it was counted
         "detection": summary["detection"],
         "banned": {n: r[0] for n, r in summary["banned"].items() if r},
         "seconds": {stage: round(value, 2) for stage, value in summary["seconds"].items()},

@@ -110,10 +110,13 @@ def _swarm_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["name"], []).append(row)
-    lines = ["| run | " + " | ".join([*SWARM_COLUMNS, "AUROC", "seconds"]) + " |"]
-    lines.append("|---" * (len(SWARM_COLUMNS) + 3) + "|")
+    columns = dict(SWARM_COLUMNS)
+    if any(row.get("models", 1) > 1 and "honest_rejected_worst_model" in row for row in rows):
+        columns["honest refused, worst model"] = "honest_rejected_worst_model"
+    lines = ["| run | " + " | ".join([*columns, "AUROC", "seconds"]) + " |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
     for name, some in groups.items():
-        cells = [_cell([r[k] for r in some], 1 if k == "completion_tokens_mean" else 3) for k in SWARM_COLUMNS.values()]
+        cells = [_cell([r.get(k) for r in some], 1 if k == "completion_tokens_mean" else 3) for k in columns.values()]
         auroc = _cell([r["detection"].get(r["defence"], {}).get("auroc") for r in some])
         seconds = _cell([r["seconds"]["total"] for r in some], 0)
         lines.append("| " + " | ".join([f"`{name}`", *cells, auroc, seconds]) + " |")

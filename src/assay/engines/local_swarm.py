@@ -234,7 +234,9 @@ def _row(world: World, learnt: Mapping[str, Learnt]) -> dict[str, Any]:
     """The metrics of a round. Behaviour and lengths are of honest nodes' completions, drawn before this update."""
     experiment = world.experiment
     one = next(iter(learnt.values()))
-    row = summary.round_row(world.round, experiment.attack.name, world.settings, learnt, world.malicious, world.memory)
+    row = summary.round_row(
+        world.round, experiment.attack.name, world.settings, learnt, world.malicious, world.memory, world.kind_of
+    )
     screens = next(iter(world.learners.values())).defence.model_screens
     limits = [s.max_margin if isinstance(s, Seeded) else s.slack for s in screens if isinstance(s, Seeded | Logit)]
     row["shown"] = evaluate.shown(

@@ -26,9 +26,10 @@ def round_row(
     learnt: Mapping[str, Learnt],
     malicious: frozenset[str],
     memory: Mapping[str, Memory],
+    kind_of: Mapping[str, str],
 ) -> dict[str, Any]:
     """The metrics of one round. Behaviour is of honest completions as drawn before the update; rates are means over
-    the kinds of learners, everything else is the first kind's."""
+    the kinds of learners, everything else is the first kind's. `kind_of` says which model each node holds."""
     one = next(iter(learnt.values()))
     pool = one.pool
     honest = [r for r, c in enumerate(pool.completions) if c.participant not in malicious]
@@ -45,6 +46,7 @@ def round_row(
         "loss": one.loss,
         "grad_norm": one.grad_norm,
         **_rates(learnt, malicious),
+        "honest_rejected_by_model": _by_model(learnt, malicious, kind_of),
         "admitted": _admitted(one),
         "banned": sorted(n for n, s in next(iter(memory.values())).trust.items() if s.banned),
         "struck": sorted(n for n, s in next(iter(memory.values())).trust.items() if round in s.rounds),
@@ -57,6 +59,23 @@ def round_row(
 def _rates(learnt: Mapping[str, Learnt], malicious: frozenset[str]) -> dict[str, float | None]:
     found = [evaluate.rejections(one.pool, one.judged, malicious) for one in learnt.values()]
     return {name: _mean([f[name] for f in found]) for name in RATES}
+
+
+def _by_model(
+    learnt: Mapping[str, Learnt], malicious: frozenset[str], kind_of: Mapping[str, str]
+) -> dict[str, float | None]:
+    """Share of the honest completions of each model's nodes that nodes of other models refused, mean over those.
+
+    What a differently trained peer loses. With one model in the swarm: what its nodes refuse of their own kind.
+    """
+    out = {}
+    for kind in sorted(set(kind_of.values())):
+        peers = {node for node, model in kind_of.items() if model == kind} - malicious
+        others = frozenset(kind_of) - peers
+        judges = [one for name, one in learnt.items() if name != kind] or list(learnt.values())
+        found = [evaluate.rejections(one.pool, one.judged, others)["honest_rejected_rate"] for one in judges]
+        out[kind] = _mean(found)
+    return out
 
 
 def _admitted(one: Learnt) -> dict[str, float]:
@@ -121,11 +140,14 @@ def summarise(
         for stage, value in row["seconds"].items():
             seconds[stage] = seconds.get(stage, 0.0) + value
     seconds["total"] = sum(seconds.values())
+    known = [row.get("honest_rejected_by_model", {}) for row in played]  # none in rows of before it was counted
+    by_model = {kind: _mean([found.get(kind) for found in known]) for kind in sorted({k for f in known for k in f})}
     metrics = {
         "asr": last["asr"],
         "completion_tokens_mean": last["tokens"],
         "heldout_reward": last["reward"],
         **{name: _mean([row[name] for row in played]) for name in RATES},
+        "honest_rejected_worst_model": max((v for v in by_model.values() if v is not None), default=None),
         "asr_peak": max((row["asr"] for row in played if row["asr"] is not None), default=None),
         "heldout_reward_start": rows[0]["heldout"]["reward"],
         "completion_tokens_start": rows[0]["heldout"]["tokens"],
@@ -145,6 +167,7 @@ def summarise(
         "participants": {n: "malicious" if n in malicious else "honest" for n in sorted(kind_of)},
         "seconds": seconds,
         "metrics": metrics,
+        "honest_rejected_by_model": by_model,
         "detection": evaluate.detection(played),
         "reasons": _reasons(played),
         "struck": {n: [r["round"] for r in played if n in r["struck"]] for n in sorted(kind_of)},
