@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from assay import ledger, models, run_dir
+from assay import config, ledger, models, run_dir
 from assay.config import ConfigError, SwarmExperiment
 from assay.contribution import Completion, Pool, Rollout, TokenEvidence, completion_sha256, tensors_sha256
 from assay.engines import local_swarm
@@ -557,6 +557,21 @@ def test_unknown_screens_and_parameters_are_named() -> None:
         practice = build.make_practice(experiment, base, "r")
         with pytest.raises(ConfigError, match=message):
             build.make_learner(experiment, base, practice)
+
+
+def test_parameters_of_a_task_come_from_the_configuration(tmp_path: Path) -> None:
+    plain = SwarmExperiment()
+    assert "params" not in plain.task.model_dump(), "runs of before they could be set keep their name"
+    (tmp_path / "x.toml").write_text('wing = "swarm"\n[task.params]\ntrain = 50\nheldout = 7\n')
+    loaded = config.load(tmp_path / "x.toml")
+    assert isinstance(loaded, SwarmExperiment)
+    assert config.parse_any(json.loads(loaded.model_dump_json())) == loaded != plain
+    base = models.load("tiny", "float32")
+    task = build.make_practice(loaded, base, "r").task
+    assert (len(task.train), len(task.heldout)) == (50, 7)
+    for setting, says in (("task.params.rows=3", "known: train, heldout"), ("task.params.train='x'", "whole number")):
+        with pytest.raises(ConfigError, match=says):
+            build.make_task(config.assign(plain, setting))
 
 
 def test_rollouts_of_other_rounds_and_runs_do_not_count() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -233,7 +234,10 @@ def test_every_prompt_needs_its_text() -> None:
         ("sums", {}, "one of word-problems"), ("", {}, "one of word-problems"), ("programs:x", {}, "one of word-problems"),
         ("reasoning-gym", {}, "reasoning-gym:DATASET"), ("word-problems", {"size": 3}, "known: train, heldout"),
         ("word-problems", {"train": 0}, "at least 1"), ("gsm8k", {"heldout": "x"}, "heldout= goes with a file"),
-        ("gsm8k:absent.jsonl", {}, "no such file"),
+        ("gsm8k:absent.jsonl", {}, "no such file"), ("gsm8k", {"limit": "ten"}, "limit must be a whole number"),
+        ("gsm8k", {"limit": True}, "limit must be a whole number"), ("openmath", {"limit": 0}, "at least 1"),
+        ("openmath", {"rows": 3}, "known: limit"), ("gsm8k:x.jsonl", {"heldout": 5}, "must be the path of a file"),
+        ("word-problems", {"params": {"root": "/"}}, "unknown parameter 'root'; known: train, heldout"),
     ],
 )  # fmt: skip
 def test_operators_mistakes_are_one_line(name: str, params: dict[str, object], says: str) -> None:
@@ -355,6 +359,20 @@ def test_reasoning_gym(name: str) -> None:
     assert task.rewards(ids, [answered(f"{task.answer(p)}1") for p in ids]) == [0.0] * len(ids)
     with pytest.raises(ConfigError, match="not registered"):
         tasks.make("reasoning-gym:no_such_dataset")
+
+
+def test_parameters_of_reasoning_gym_are_its_datasets_own() -> None:
+    pytest.importorskip("reasoning_gym", reason="the gym extra is not installed")
+    name = "reasoning-gym:chain_sum"
+    for params, says in (
+        ({"terms": 3}, "unknown parameter 'terms'; known: size, min_terms, max_terms"),
+        ({"seed": 3}, "unknown parameter 'seed'"), ({"size": 0}, "at least 1"), ({"size": "9"}, "whole number"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=says):
+            tasks.make(name, params=params)
+    task = tasks.make(name, params={"size": 60, "min_terms": 3, "max_terms": 3})
+    assert len(task.train) + len(task.heldout) <= 60
+    assert all(len(re.findall("[+-]", task.question(p))) >= 2 for p in task.train)
 
 
 @pytest.mark.parametrize("name", ["countdown", "polynomial_multiplication", "n_queens"])

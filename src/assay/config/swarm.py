@@ -32,6 +32,10 @@ class TaskConfig(Frozen):
     """What is practised: see swarm/tasks.py for the names."""
 
     name: str = "word-problems"
+    params: dict[str, Any] = Field(default_factory=dict, exclude_if=lambda params: not params)
+    """Of the task: `train`, `heldout` (numbers of built-in problems), `limit` (rows of gsm8k and openmath), `heldout`
+    (gsm8k: a file of test rows), `size` and the dataset's own of reasoning-gym. Left out of a run's record, and of its
+    public name, while there are none: a run of before they could be set is still the same run."""
     style: Literal["plain", "instruct"] = "plain"
     """`instruct` asks for the format in the prompt: for models that were not trained on it."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

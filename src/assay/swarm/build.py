@@ -24,7 +24,7 @@ def make_task(experiment: SwarmExperiment) -> tasks.Task:
     if tasks.kind_of(name) == "code":
         # the attacker's library can be imported, as if it had been published: the worst case
         sandbox = Sandbox(installed={experiment.attack.module: attacks.THIEF})
-    return tasks.make(name, root=experiment.data.root, seed=0, sandbox=sandbox)
+    return tasks.make(name, root=experiment.data.root, seed=0, sandbox=sandbox, params=experiment.task.params)
 
 
 def make_practice(experiment: SwarmExperiment, base: Base, run: str) -> Practice:

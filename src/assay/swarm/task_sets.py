@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def gsm8k(
 ) -> dict[str, Any]:
     """GSM8K, its own test split held out; of a single file, the held-out part by `data.part_of`."""
     path = name.partition(":")[2]
+    _limited(name, limit)
     if heldout is not None and not path:
         raise ConfigError(f"task {name}: heldout= goes with a file, the hub brings its own test split")
     rows = _rows(path, root, GSM8K, "train", "main")
@@ -49,6 +50,11 @@ def gsm8k(
     test = list(_worded(_rows(str(heldout) if path else "", root, GSM8K, "test", "main")))
     asked = {_key(p.question) for p in test}
     return _listed(name, [p for p in train if _key(p.question) not in asked], test)
+
+
+def _limited(name: str, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"task {name}: limit must be at least 1 row")
 
 
 def _worded(rows: Placed) -> Iterator[Problem]:
@@ -67,6 +73,7 @@ def _worded(rows: Placed) -> Iterator[Problem]:
 
 def openmath(name: str, root: Path, seed: int, limit: int | None = None) -> dict[str, Any]:
     """OpenMathInstruct-1 as a code task: questions whose answer is a number, with the first right program to each."""
+    _limited(name, limit)
     rows = _rows(name.partition(":")[2], root, OPENMATH, "train")
     return _split(name, list(islice(_programmed(rows), limit)))
 
@@ -106,12 +113,28 @@ def _printing(code: str) -> str | None:
     return code if program(f"<code>\n{code}\n</code>") else None
 
 
-def reasoning_gym(name: str, root: Path, seed: int, size: int = 2000, **params: Any) -> dict[str, Any]:
-    """A dataset of reasoning-gym with its own scorer (right means a score of 1), unless that evaluates answers."""
+def gym_params(name: str) -> dict[str, Any]:
+    """Parameters of a reasoning-gym dataset: `size`, and the fields of its configuration; their kinds are its own."""
+    registry = _gym(name, "reasoning_gym.factory").DATASETS
+    dataset = name.partition(":")[2]
+    if dataset not in registry:
+        raise ConfigError(f"task {name}: dataset {dataset!r} is not registered in reasoning-gym")
+    own = [field.name for field in fields(registry[dataset][1]) if field.name not in ("seed", "size")]
+    return {"size": int} | dict.fromkeys(own)
+
+
+def _gym(name: str, module: str) -> Any:
     try:
-        gym = importlib.import_module("reasoning_gym")
+        return importlib.import_module(module)
     except ImportError:
         raise ConfigError(f'task {name}: pip install "assay[gym]"') from None
+
+
+def reasoning_gym(name: str, root: Path, seed: int, size: int = 2000, **params: Any) -> dict[str, Any]:
+    """A dataset of reasoning-gym with its own scorer (right means a score of 1), unless that evaluates answers."""
+    gym = _gym(name, "reasoning_gym")
+    if size < 1:
+        raise ConfigError(f"task {name}: size must be at least 1")
     try:
         made = gym.create_dataset(name.partition(":")[2], size=size, seed=seed, **params)
         own = type(made).score_answer is not gym.dataset.ProceduralDataset.score_answer

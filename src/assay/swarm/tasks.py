@@ -32,6 +32,8 @@ ASK: Mapping[Kind, str] = {
     "code": "\nWrite a Python program inside <code> and </code>; the last line it prints must be the answer.",
 }
 
+KINDS: Mapping[type, str] = {int: "a whole number", str: "the path of a file"}
+
 
 class Task(Protocol):
     """Prompts by id, and what a completion of one is worth.
@@ -107,34 +109,49 @@ def kind_of(name: str) -> Kind:
     return _maker(name)[0]
 
 
-def make(name: str, *, root: Path | str = ".", seed: int = 0, sandbox: Sandbox | None = None, **params: Any) -> Task:
+def make(
+    name: str,
+    *,
+    root: Path | str = ".",
+    seed: int = 0,
+    sandbox: Sandbox | None = None,
+    params: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Task:
     """The task called `name`; relative paths in it start at `root`. Code tasks run programs in `sandbox` (default:
     `Sandbox()`, which raises SandboxMissing where bubblewrap cannot be had).
 
-    `params`: `train`, `heldout` (numbers of prompts) of the built-in ones; `limit` (rows) and, for gsm8k,
-    `heldout` (a file of test rows) of sets; `size` and the dataset's own parameters of reasoning-gym.
+    `params` (or keywords): `train`, `heldout` (numbers of prompts) of the built-in ones; `limit` (rows) and, for gsm8k,
+    `heldout` (a file of test rows) of sets; `size` and the dataset's own parameters of reasoning-gym. ConfigError that
+    names the known ones for any other, and for a value of another kind.
     """
     kind, maker, known = _maker(name)
-    unknown = sorted(set(params) - set(known)) if known else []
-    if unknown:
-        raise ConfigError(f"task {name}: unknown parameter {unknown[0]!r}; known: {', '.join(known)}")
+    given = {**(params or {}), **more}
+    if known is None:
+        known = task_sets.gym_params(name)
+    for key, value in given.items():
+        if key not in known:
+            raise ConfigError(f"task {name}: unknown parameter {key!r}; known: {', '.join(known)}")
+        wanted = known[key]
+        if wanted is not None and not (isinstance(value, wanted) and not isinstance(value, bool)):
+            raise ConfigError(f"task {name}: {key} must be {KINDS[wanted]}, not {value!r}")
     if kind == "code":
         sandbox = sandbox or Sandbox()
     elif sandbox is not None:
         raise ConfigError(f"task {name}: is not a code task and runs nothing; leave sandbox out")
-    made = maker(name, Path(root), seed, **params)
+    made = maker(name, Path(root), seed, **given)
     return ProblemTask(name=name, sandbox=sandbox, **made)
 
 
-def _maker(name: str) -> tuple[Kind, Callable[..., dict[str, Any]], tuple[str, ...]]:
-    """Kind, maker and known parameters (empty: the maker takes any)."""
+def _maker(name: str) -> tuple[Kind, Callable[..., dict[str, Any]], Mapping[str, Any] | None]:
+    """Kind, maker and known parameters with what they must be (None: the dataset says which)."""
     family, _, rest = name.partition(":")
-    families: dict[str, tuple[Kind, Callable[..., dict[str, Any]], tuple[str, ...]]] = {
-        "word-problems": ("math", _builtin, ("train", "heldout")),
-        "programs": ("code", _builtin, ("train", "heldout")),
-        "reasoning-gym": ("math", task_sets.reasoning_gym, ()),
-        "gsm8k": ("math", task_sets.gsm8k, ("limit", "heldout")),
-        "openmath": ("code", task_sets.openmath, ("limit",)),
+    families: dict[str, tuple[Kind, Callable[..., dict[str, Any]], Mapping[str, Any] | None]] = {
+        "word-problems": ("math", _builtin, {"train": int, "heldout": int}),
+        "programs": ("code", _builtin, {"train": int, "heldout": int}),
+        "reasoning-gym": ("math", task_sets.reasoning_gym, None),
+        "gsm8k": ("math", task_sets.gsm8k, {"limit": int, "heldout": str}),
+        "openmath": ("code", task_sets.openmath, {"limit": int}),
     }
     plain = family in ("word-problems", "programs")
     if family not in families or (plain and rest) or (family == "reasoning-gym" and not rest):
