@@ -168,6 +168,20 @@ def test_calibrate_prints_limits_that_an_experiment_takes(tmp_path: Path) -> Non
     assert limits["max_margin"] == 0.01, "equal engines in fp32: nothing but the floor"
     text = (tmp_path / "limits.toml").read_text()
     assert tomllib.loads(text) == {"defence": {"params": {"seeded": limits}}}
+    said = tomllib.loads("\n".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")))
+    for key in (
+        "false_positive_rate",
+        "upper_95",
+        "slack_bits",
+        "completions",
+        "command",
+        "seed",
+        "commit",
+        "versions",
+    ):
+        assert said[key] == found[key]
+    assert said["command"].startswith("assay calibrate --completions 24")
+    assert said["model"] == {"name": "tiny", "dtype": "float32", "lora_r": 0, "lora_alpha": 32.0}
     (tmp_path / "x.toml").write_text(f'wing = "swarm"\n{text}')
     loaded = config.load(tmp_path / "x.toml")
     assert isinstance(loaded, config.SwarmExperiment)

@@ -143,3 +143,23 @@ def test_two_runs_that_warm_up_at_once_do_not_trip_over_each_other(
     found = load_file(path)
     for model in both_models:
         assert all(torch.equal(torch.from_numpy(found[n]), p) for n, p in trained(model).items())
+
+
+def test_engines_of_any_precision_hold_the_weights_the_run_starts_from(base: models.Base, cache: Path) -> None:
+    """What is calibrated is what a run uses: the warmed-up adapter, not the raw base."""
+    experiment = wanted()
+    model, _ = warmed(base, experiment)
+    practice, (half, full) = build.make_engines(experiment, ("bfloat16", "float32"), "r")
+    assert len(list(cache.iterdir())) == 1, "the run's own warm-up, made once"
+    for engine in (half, full):
+        assert not engine.training
+        assert all(torch.equal(p, trained(model)[n]) for n, p in trained(engine).items())
+    assert next(p for n, p in half.named_parameters() if n not in trained(half)).dtype == torch.bfloat16
+    raw = build.make_model(experiment.changed(task__warmup_steps=0), base, practice)
+    assert loss(full, practice, range(64)) < loss(raw, practice, range(64)) - 0.1
+
+
+def test_engines_without_an_adapter_are_the_base_in_two_precisions(base: models.Base) -> None:
+    _, (full, half) = build.make_engines(wanted(model__lora_r=0, task__warmup_steps=0), ("float32", "bfloat16"), "r")
+    for (name, p), q in zip(full.named_parameters(), half.parameters()):
+        assert torch.equal(p.to(torch.bfloat16), q), name

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,14 +40,15 @@ def calibrate(
 ) -> None:
     """Measure margins of honest completions between a sampling and a verifying engine; print limits and their cost.
 
-    Limits are the honest quantile with headroom. The slack is what an attacker could hide under them, in bits a token.
+    Measured on the weights a run of this experiment starts from: the base with its adapter, warmed up. Limits are the
+    honest quantile with headroom. The slack is what an attacker could hide under them, in bits a token.
     """
-    found = measure(
-        _swarm(config_file, data_root, settings or []), sampling.value, verifying.value, completions, quantile
-    )
+    experiment = _swarm(config_file, data_root, settings or [])
+    found = measure(experiment, sampling.value, verifying.value, completions, quantile)
+    made = provenance(experiment, sampling.value, verifying.value, quantile)
     lines = ["[defence.params.seeded]", *(f"{k} = {v}" for k, v in found.params().items())]
     if out is not None:
-        out.write_text("\n".join(lines) + "\n")
+        out.write_text("\n".join([*_comments({**found.cost(), **made}), *lines]) + "\n")
     text = "\n".join(
         [
             *lines,
@@ -54,7 +58,36 @@ def calibrate(
             f"slack left to an attacker: {found.slack_bits:.4f} bits a token",
         ]
     )
-    show(found.as_dict(), as_json, text)
+    show({**found.as_dict(), **made}, as_json, text)
+
+
+def provenance(experiment: SwarmExperiment, sampling: str, verifying: str, quantile: float) -> dict[str, Any]:
+    """What has to be known to calibrate so again: for which model, task and sampler, and on what."""
+    from assay import run_dir
+
+    model, task = experiment.model, experiment.task
+    return {
+        "command": shlex.join(["assay", *sys.argv[1:]]),
+        "seed": experiment.seed,
+        "quantile": quantile,
+        "engines": {"sampling": sampling, "verifying": verifying},
+        "model": model.model_dump(include={"name", "dtype", "lora_r", "lora_alpha"}),
+        "task": task.model_dump(include={"name", "style", "warmup_steps"}),
+        "sampler": experiment.sampling.model_dump(),
+        "commit": run_dir.commit(),
+        "versions": run_dir.versions(),
+    }
+
+
+def _comments(values: dict[str, Any]) -> list[str]:
+    """Comments that are TOML themselves: an experiment takes the file as it is, and a program can read them."""
+
+    def written(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k} = {written(v)}" for k, v in value.items()) + "}"
+        return json.dumps(value)
+
+    return [f"# {key} = {written(value)}" for key, value in values.items()]
 
 
 def _swarm(file: Path | None, data_root: Path | None, settings: list[str]) -> SwarmExperiment:
@@ -72,21 +105,20 @@ def _swarm(file: Path | None, data_root: Path | None, settings: list[str]) -> Sw
 
 
 def measure(experiment: SwarmExperiment, sampling: str, verifying: str, completions: int, quantile: float) -> Any:
-    """Load the model twice and calibrate one against the other on prompts of the task."""
-    from assay import models
-    from assay.swarm.build import make_practice
+    """Calibrate one engine against the other on the weights the run starts from and on prompts of its task."""
+    from assay.swarm.build import make_engines
     from assay.swarm.calibrate import calibrate as run
     from assay.swarm.rollout import Item
 
     with bar() as tracker:
-        one = models.load(experiment.model.name, sampling, tracker.say)
-        other = one if sampling == verifying else models.load(experiment.model.name, verifying, tracker.say)
-        practice = make_practice(experiment, one, "assay.calibrate")
+        practice, (one, other) = make_engines(experiment, (sampling, verifying), "assay.calibrate", tracker)
         ids = practice.task.train
         prompts = [ids[(i // 4) * 7919 % len(ids)] for i in range(completions)]  # four of each, spread over the task
-        items = [Item(practice.prompt_ids(p), practice.seed(0, "calibrate", p, i)) for i, p in enumerate(prompts)]
+        items = [
+            Item(practice.prompt_ids(p), practice.seed(experiment.seed, "calibrate", p, i))
+            for i, p in enumerate(prompts)
+        ]
         tracker.say(f"sampling {completions} completions in {sampling}, verifying in {verifying}")
         return run(
-            one.model, other.model, items, practice.sampler, max_tokens=practice.max_tokens, eos=practice.eos,
-            quantile=quantile,
-        )  # fmt: skip
+            one, other, items, practice.sampler, max_tokens=practice.max_tokens, eos=practice.eos, quantile=quantile
+        )

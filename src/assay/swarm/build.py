@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
+from assay import models
 from assay.config import ConfigError, SwarmExperiment
 from assay.models import Base
-from assay.progress import Tracker
+from assay.progress import Silent, Tracker
 from assay.swarm import attacks, defence, tasks
 from assay.swarm.grpo import GrpoSettings
 from assay.swarm.learner import Ids, Learner, Practice
@@ -61,27 +63,57 @@ def make_practice(experiment: SwarmExperiment, base: Base, run: str) -> Practice
     )
 
 
+def make_model(experiment: SwarmExperiment, base: Base, practice: Practice, tracker: Tracker | None = None) -> Any:
+    """The model a run starts from, on its own copy of the base: all weights or a LoRA adapter, warmed up; eval mode."""
+    model = _trainable(experiment, base)
+    warm_up(model, practice, experiment, base.sha256, tracker)
+    return model
+
+
+def _trainable(experiment: SwarmExperiment, base: Base) -> Any:
+    model = copy.deepcopy(base.model)
+    if not experiment.model.lora_r:
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=experiment.model.lora_r, lora_alpha=experiment.model.lora_alpha, lora_dropout=0.0,
+        target_modules="all-linear", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # nodes of equal weights start from the same adapter
+        return get_peft_model(model, lora, autocast_adapter_dtype=True).eval()
+
+
+def make_engines(
+    experiment: SwarmExperiment, dtypes: Sequence[str], run: str, tracker: Tracker | None = None
+) -> tuple[Practice, list[Any]]:
+    """The practice, and the run's starting model once for each precision, all with the same trained weights.
+
+    They are trained in the run's own precision (`model.dtype`), as the run does it.
+    """
+    tracker = tracker or Silent()
+    base = models.load(experiment.model.name, experiment.model.dtype, tracker.say)
+    practice = make_practice(experiment, base, run)
+    made = {base.dtype: make_model(experiment, base, practice, tracker)}
+    trained = {n: p for n, p in made[base.dtype].named_parameters() if p.requires_grad}
+    for dtype in dict.fromkeys(map(models.resolve_dtype, dtypes)):
+        if dtype not in made:
+            other = made[dtype] = _trainable(experiment, models.load(experiment.model.name, dtype, tracker.say))
+            for name, parameter in other.named_parameters():
+                if name in trained:
+                    parameter.data.copy_(trained[name].data)
+    return practice, [made[models.resolve_dtype(dtype)] for dtype in dtypes]
+
+
 def make_learner(
     experiment: SwarmExperiment, base: Base, practice: Practice, tracker: Tracker | None = None
 ) -> Learner:
-    """A learner on its own copy of the base: all weights, or a LoRA adapter on all linear layers."""
+    """A learner on the model the run starts from."""
     grpo = experiment.grpo
-    model = copy.deepcopy(base.model)
-    if experiment.model.lora_r:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=experiment.model.lora_r, lora_alpha=experiment.model.lora_alpha, lora_dropout=0.0,
-            target_modules="all-linear", task_type="CAUSAL_LM",
-        )  # fmt: skip
-        import torch
-
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # nodes of equal weights start from the same adapter
-            model = get_peft_model(model, lora, autocast_adapter_dtype=True)
-    else:
-        model.requires_grad_(True)
-    warm_up(model, practice, experiment, base.sha256, tracker)
+    model = make_model(experiment, base, practice, tracker)
     reference = copy.deepcopy(model).requires_grad_(False) if grpo.kl > 0 else None
     clip = grpo.clip_ratio or None
     settings = GrpoSettings(

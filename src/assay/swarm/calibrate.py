@@ -54,6 +54,10 @@ class Calibration:
             "boundary": self.boundary,
         }
 
+    def cost(self) -> dict[str, float | int]:
+        """What these limits cost the honest and leave to an attacker, and on how much that was measured."""
+        return {k: v for k, v in asdict(self).items() if k not in self.params()}
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
