@@ -398,6 +398,17 @@ def test_hostile_text_is_inert(tmp_path: Path, text: str) -> None:
         assert page.text.count('onerror="owned()"') > 3
 
 
+def test_what_a_screen_of_texts_objected_to_is_marked(tmp_path: Path) -> None:
+    def change_row(row: dict[str, Any]) -> None:
+        row["shown"] |= {"gaps": [], "marked": [1, 2, 10_000, -1], "screen": "arithmetic"}
+
+    made = make_swarm(tmp_path / "text", "text", text=["It ", "is ", "2+2=5", ". ", "So"], change_row=change_row)
+    page = Page(write([made], tmp_path / "report.html"))
+    assert re.findall(r"<mark>([^<]*)</mark>", page.source)[-2:] == ["is ", "2+2=5"]
+    assert "2 of 5 tokens are what it objects to." in page.text
+    assert "No gaps are recorded" not in page.text
+
+
 def test_long_text_and_late_tokens_are_cut_around_what_gave_it_away(tmp_path: Path) -> None:
     tokens = [f" w{i}" for i in range(1000)] + ["X" * 900] * 7
     page = Page(write([make_swarm(tmp_path / "long", text=tokens, question="why " * 5000)], tmp_path / "report.html"))

@@ -64,12 +64,13 @@ class Margins(Parsed):
 
 
 class Shown(Parsed):
-    """One malicious completion, token by token; `gaps` by token, where a screen measured them."""
+    """One malicious completion, token by token; `gaps` by token, where a screen measured them, or `marked` tokens."""
 
     participant: Text = ""
     question: Text = ""
     tokens: tuple[Text, ...] = ()
     gaps: tuple[Number, ...] = ()
+    marked: tuple[int, ...] = ()
     limit: Number = None
     reward: Number = None
     admitted: bool = False

@@ -176,7 +176,7 @@ def _example(run: SwarmRun, i: int) -> dict[str, Any] | None:
         "measured": bool(gaps),
         "marked": len(marks),
         "limit": shown.limit,
-        "kind": "logit" if shown.screen == "logit" else "seeded",
+        "kind": "text" if shown.marked else "logit" if shown.screen == "logit" else "seeded",
         "worst": None if worst is None else {"at": worst + 1, "gap": shown.gaps[worst]},
         "reward": shown.reward,
         "admitted": shown.admitted,
@@ -187,6 +187,8 @@ def _example(run: SwarmRun, i: int) -> dict[str, Any] | None:
 
 
 def _marks(shown: Shown) -> list[int]:
+    if shown.marked:
+        return sorted({at for at in shown.marked if 0 <= at < len(shown.tokens)})
     limit = shown.limit if shown.limit is not None else float("inf")
     return [at for at, gap in enumerate(shown.gaps[: len(shown.tokens)]) if gap is not None and gap > limit]
 

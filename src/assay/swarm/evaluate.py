@@ -16,6 +16,7 @@ import numpy as np
 
 from assay.contribution import Pool
 from assay.metrics import auroc, tpr_at_fpr
+from assay.swarm import marks
 from assay.swarm.attacks import Settings, shows
 from assay.swarm.learner import Learner, Learnt
 from assay.swarm.sampling import seed_of
@@ -122,7 +123,10 @@ def shown(
     learnt: Learnt, malicious: frozenset[str], attack: str, settings: Settings, decode: Callable[[Sequence[tuple[int, ...]]], list[str]],
     limit: float = 0.05,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """One malicious completion of the round, token by token, with the tokens that gave it away."""
+    """One malicious completion of the round, token by token, with the tokens that gave it away.
+
+    `gaps` where the forward pass measured them, `marked` (numbers of tokens) where a screen of texts decided.
+    """
     rows = [r for r, c in enumerate(learnt.pool.completions) if c.participant in malicious]
     rows.sort(key=lambda r: (-learnt.pool.rewards[r], not shows(attack, learnt.pool.texts[r], settings), r))
     if not rows:
@@ -133,15 +137,18 @@ def shown(
         gap = learnt.collected.outside.get(row)
     else:
         gap = learnt.collected.margin.get(row)
+    pieces, screen = decode([(token,) for token in completion.ids]), verdict.screen if verdict else ""
+    spans = marks.spans(screen, learnt.pool.texts[row], learnt.judged.states.get(screen, {}))
     return {
         "participant": completion.participant,
         "question": learnt.pool.questions[row],
-        "tokens": decode([(token,) for token in completion.ids]),
+        "tokens": pieces,
+        "marked": marks.tokens_in(pieces, learnt.pool.texts[row], spans),
         "gaps": [round(min(float(g), 99.0), 3) for g in gap] if gap is not None else [],
         "limit": limit,
         "reward": learnt.pool.rewards[row],
         "admitted": bool(learnt.judged.weight_N[row] > 0 and learnt.judged.reward_N[row] > 0),
-        "screen": verdict.screen if verdict else "",
+        "screen": screen,
         "reason": verdict.reason.value if verdict else "ok",
         "sentence": verdict.sentence if verdict else "",
     }
