@@ -82,13 +82,10 @@ def lively(rounds: int, **more: Any) -> list[Pool]:
         p = swarm(THREE, {"z": planting(phrase)}, index=r, vertical=r % 2 == 0, **more)
         long = tuple(replace(c, ids=c.ids * 4) if c.participant == "z" and r else c for c in p.completions)
         p = replace(p, completions=long)
-        if pools:  # z sends what was said in the round before
-            old = [t for t, c in zip(pools[-1].texts, pools[-1].completions) if c.participant == "a"]
-            texts = [
-                old[i % len(old)] if c.participant == "z" and i % 3 == 0 else t
-                for i, (t, c) in enumerate(zip(p.texts, long))
-            ]
-            p = replace(p, texts=tuple(texts))
+        if r % 2:  # z sends what a answers to the same prompts
+            said = {(c.prompt, c.index): i for i, c in enumerate(long) if c.participant == "a"}
+            taken = [said[c.prompt, c.index] if c.participant == "z" and i % 3 else i for i, c in enumerate(long)]
+            p = replace(p, texts=tuple(p.texts[i] for i in taken), rewards=tuple(p.rewards[i] for i in taken))
         pools.append(p)
     return pools
 
@@ -279,7 +276,7 @@ def test_copycat_in_one_round_keeps_one_copy_and_whoever_copied_cannot_knock_out
     kept: dict[str, set[str]] = {}
     for c, text, v in zip(p.completions, p.texts, found[0]):
         assert v.effect == "exclude"
-        assert v.weight == 1 or (v.reason is Reason.COPYCAT and v.evidence["known_author"] == 0)
+        assert v.weight == 1 or (v.reason is Reason.COPYCAT and v.evidence["earlier"] == 0)
         if c.participant in "ad" and v.weight == 1:
             kept.setdefault(" ".join(text.lower().split()), set()).add(c.participant)
     assert len(kept) == 32  # nothing that was said is lost
@@ -297,26 +294,87 @@ def test_copycat_who_copies_many_loses_to_each_of_them() -> None:
     assert dropped([p], found, lambda p, i: p.completions[i].participant != "d") == 0.0
 
 
-@pytest.mark.parametrize("same_prompt", [True, False])
-def test_copycat_replays_are_refused_and_the_author_is_known(same_prompt: bool) -> None:
-    first, second = talk(0, vertical=True), talk(1, vertical=True)
-    stolen = list(first["a"].values())
-    second["d"] = dict(zip(first["a"] if same_prompt else second["d"], stolen))
+def mixed(said: dict[str, dict[int, Any]]) -> dict[str, dict[int, Any]]:
+    """The last completion of every prompt earns nothing, so that the prompt can teach."""
+    return {n: {q: [*s[:-1], (s[-1][0], 0.0)] for q, s in held.items()} for n, held in said.items()}
+
+
+def test_copycat_replays_of_what_was_taught_are_refused_and_the_first_sender_named() -> None:
+    first, second = mixed(talk(0, vertical=True)), mixed(talk(1, vertical=True))
+    second["d"] = dict(first["a"])
     pools = [pool(first), pool(second, index=1)]
     found, _ = play(Copycat(), pools)
-    thief = [v for v in found[1] if v.participant == "d"]
-    assert {v.weight for v in thief} == {0.0}
-    assert {v.evidence["known_author"] for v in thief} == {1.0}
-    assert "'a' sent the same text" in thief[0].sentence
+    again = [v for v in found[1] if v.participant == "d"]
+    assert {v.weight for v in again} == {0.0}
+    assert {v.evidence["earlier"] for v in again} == {1.0}
+    assert "'a' sent the same text" in again[0].sentence
     assert dropped(pools, found, lambda p, i: p.completions[i].participant != "d") == 0
 
 
-def test_copycat_sees_one_long_replay_and_forgives_one_short_one() -> None:
-    for words, weight in ((24, 1.0), (48, 0.0)):
-        first, second = talk(0, vertical=True, words=words), talk(1, vertical=True, words=words)
-        second["d"][next(iter(second["d"]))][0] = next(iter(first["a"].values()))[0]
-        found, _ = play(Copycat(), [pool(first), pool(second, index=1)])
-        assert next(v.weight for v in found[1] if v.participant == "d") == weight
+@pytest.mark.parametrize("right", [0.0, 1.0])
+@pytest.mark.parametrize("later", [0, 1])
+def test_copycat_nobody_owns_a_text_by_sending_it_for_a_prompt_of_his_own(right: float, later: int) -> None:
+    """Seeds and plan are public: z foresees what a will draw, in this round or the next, and sends it first."""
+    said = [mixed(talk(r, vertical=True, words=48)) for r in range(2)]
+    foreseen = [(t, right) for s in said[later]["a"].values() for t, _ in s]
+    mine = talk(0, "wxyz", vertical=True, words=48)["z"]
+    said[0]["z"] = {q: foreseen[4 * i : 4 * i + 4] for i, q in enumerate(mine)}
+    pools = [pool(s, index=r) for r, s in enumerate(said)]
+    assert dropped(pools, play(Copycat(), pools)[0], lambda p, i: True) == 0
+
+
+def test_copycat_nobody_owns_a_text_that_could_not_teach() -> None:
+    """Prompts return: z foresees a's right answers to one and fills his group with them, so that it teaches nothing."""
+    second = mixed(talk(1, vertical=True))
+    for reward, gone in ((1.0, 0.0), (None, 1.0)):
+        first = mixed(talk(0, vertical=True))
+        first["d"] = {q: [(t, reward or r) for t, r in s] for q, s in second["a"].items()}
+        pools = [pool(first), pool(second, index=1)]
+        found, _ = play(Copycat(), pools)
+        assert dropped(pools[1:], found[1:], lambda p, i: p.completions[i].participant == "a") == gone
+
+
+def test_copycat_what_goes_was_said_and_could_teach_under_the_same_reward() -> None:
+    """Horizontal, prompts that return: whatever anybody foresees and sends first, no answer to a prompt is lost."""
+    rounds = [mixed({n: {q % 100: s for q, s in held.items()} for n, held in talk(r).items()}) for r in range(4)]
+    for r in range(3):
+        rounds[r]["d"] = rounds[r + 1]["a"]
+    pools = [pool(said, index=r) for r, said in enumerate(rounds)]
+    found, _ = play(Copycat(), pools)
+    for r, (p, verdicts) in enumerate(zip(pools, found)):
+        stayed = {
+            (q.completions[i].prompt, q.texts[i], q.rewards[i])
+            for q, held in zip(pools[: r + 1], found)
+            for i, v in enumerate(held)
+            if v.weight == 1
+        }
+        assert {(c.prompt, t, w) for c, t, w in zip(p.completions, p.texts, p.rewards)} <= stayed
+    assert dropped(pools, found, lambda p, i: True) > 0.05
+
+
+def test_copycat_long_copies_do_not_hide_among_short_ones_that_everybody_says() -> None:
+    """Half of the prompts have three short answers; on the others texts are long and nobody repeats any."""
+    short, long = talk(0, choices=3), talk(0, words=48)
+    said = {n: {q: (long if q % 2 else short)[n][q] for q in short[n]} for n in short}
+    said["d"] = {q: said["a"][q] if q % 2 else s for q, s in said["d"].items()}
+    p = pool(said)
+    found = play(Copycat(), [p])[0]
+    gone = [i for i, v in enumerate(found[0]) if v.weight == 0]
+    assert len(gone) >= 16
+    assert all(p.completions[i].prompt % 2 and p.completions[i].participant in "ad" for i in gone)
+    plain = play(Copycat(min_tokens=16, long_tokens=16), [p])[0]
+    assert sum(v.weight == 0 for v in plain[0]) < len(gone)
+
+
+def test_copycat_one_text_that_two_share_is_no_copy_however_long() -> None:
+    """Of swarms of low entropy, clean ones, one node in ten lost a long text a round to a test of one meeting."""
+    three = {n: honest(0.2) for n in "abcd"}
+    lost = []
+    for seed in range(3):
+        pools = [swarm(three, {}, index=r, seed=100 + seed, vertical=False) for r in range(8)]
+        for verdicts in play(Copycat(), pools)[0]:
+            lost += [any(v.weight == 0 for v in verdicts if v.participant == n) for n in three]
+    assert sum(lost) <= 1
 
 
 def test_copycat_short_texts_and_ones_own_repeats_say_nothing() -> None:

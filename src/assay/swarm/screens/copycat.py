@@ -1,43 +1,48 @@
-"""Completions that another participant wrote: copied within the round, or replayed from an earlier one."""
+"""Completions that another participant sent for the same prompt: within the round, or in an earlier one."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from assay.config import ConfigError
 from assay.contribution import Pool
-from assay.swarm.screens.common import fold, log_chernoff_tail, median_low, say
+from assay.swarm.screens.common import advantages, fold, log_chernoff_tail, median_low, say
 from assay.verdict import Reason, State, Verdict
 
 MAX_KEPT = 20_000  # texts of earlier rounds that are remembered; the oldest rounds go first
-ENOUGH_PAIRS = 200  # pairs of one's own long texts without a repeat, before one shared long text is a copy
 PRIOR_PAIRS = 30.0  # weight of the round's rate of repeats in that of one prompt: its own few pairs show few repeats
 
 
 @dataclass(frozen=True, slots=True)
 class Copycat:
-    """Of texts that several participants sent, one copy stays.
+    """Of texts that several participants sent for one prompt, one copy stays.
 
-    Two texts are the same when they are but for spaces and capitals (after NFKC, however they are tokenised). Honest models
-    of low entropy also meet: a participant is judged only once it met the others in more texts than chance explains
-    (Chernoff's bound on the count under `level`), or for a text of `long_tokens` or more where nobody else repeats
-    himself in texts so long. Chance on the same prompt is how often participants repeat *themselves* there: for two
-    distributions sum p_i q_i <= sqrt(sum p_i^2 sum q_i^2). The quarter (at least one) that repeats itself most is left
-    out, so that one who does it on purpose hides nobody. Chance on other prompts is how often the lower middle
-    participant meets anybody. Texts under `min_tokens` tokens say nothing.
+    Two texts are the same when they are but for spaces and capitals (after NFKC, however they are tokenised), and answer
+    the same prompt: then they have one reward and teach one thing, so that nothing that was said is lost with a copy.
+    Honest models of low entropy also meet: a participant is judged only once it met the others in more texts than
+    chance explains (Chernoff's bound on the count under `level`), among all texts or among those of `long_tokens` or
+    more, which honest participants share so rarely that chance is another. Chance is how often participants repeat
+    *themselves* on that prompt: for two distributions sum p_i q_i <= sqrt(sum p_i^2 sum q_i^2). The quarter (at least
+    one) that repeats itself most is left out, so that one who does it on purpose hides nobody. Texts under `min_tokens`
+    tokens say nothing.
 
-    Who stays: whoever sent the text in the earliest of the last `window` rounds; he is known to be the author, and the
-    others' verdicts have `known_author` 1. Within one round the author is *not* known, and to refuse every copy would
-    let anyone knock out an honest completion by sending it too. So one sender keeps his: one who is not judged, else
-    the one with fewest meetings, else the one a hash of the text picks, which nobody can steer without changing it.
-    What stays and what goes say the same; a verdict with `known_author` 0 must not count against its sender. Sybils who
-    send one text count once.
+    Who stays: whoever sent the text in the earliest of the last `window` rounds in which it could teach (a prompt whose
+    rewards are all equal teaches nothing); the others' verdicts have `earlier` 1. Within one round one sender keeps his:
+    one who is not judged, else the one with fewest meetings, else the one a hash of the text picks, which nobody can
+    steer without changing it. Sybils who send one text count once.
 
-    Limits: one changed word makes another text.
+    Being first does not make an author: seeds and plan are public, and who has the weights can send today what others
+    will draw tomorrow. So no verdict of this screen counts against its sender; the same text for another prompt is
+    another text (as an author, who sent it for prompts of his own took a third of the honest nodes' right answers); and
+    where the seeded check decides, this screen only watches (learner.py): what one's own seed gives is no copy.
+
+    Limits: one changed word makes another text. A text replayed for another prompt stays and earns what it earns there,
+    as would any other text with that answer. Where prompts return within `window`, who foresees a text takes its place
+    by sending it first: it is learnt a little earlier and in his name, unless another screen refuses his copy.
     """
 
     min_tokens: int = 16
@@ -51,58 +56,57 @@ class Copycat:
             raise ConfigError("copycat: level in (0, 1), window 0 or more, 1 <= min_tokens <= long_tokens")
 
     def screen(self, pool: Pool, state: State) -> tuple[list[Verdict], State]:
-        seen = _look(pool, state, self.min_tokens, self.long_tokens)
-        tail = {p: log_chernoff_tail(len(seen.met[p]), seen.expected[p]) for p in seen.met}
-        copies = self._copies(pool, seen, tail)
+        looks = [_look(pool, state, least) for least in sorted({self.min_tokens, self.long_tokens})]
+        copies = self._copies(pool, looks)
         out = []
         for row, completion in enumerate(pool.completions):
             sender = completion.participant
-            others, known = copies.get(row, ("", False))
-            when = "in an earlier round" if known else "in this round, and one copy stays"
-            shared = seen.key[row] in seen.met.get(sender, ())
+            other, earlier = copies.get(row, ("", False))
+            when = "in an earlier round" if earlier else "in this round, and one copy stays"
+            # the look in which this text surprises most; where nobody else has it, none does
+            worst = min(looks, key=lambda look: look.tail(row, sender))
             out.append(
                 say(
                     completion,
                     self.name,
-                    Reason.COPYCAT if others else Reason.OK,
-                    f"{others[:40]!r} sent the same text {when}" if others else "",
-                    score=min(-tail[sender], 1e6) if shared else 0.0,
-                    met=len(seen.met.get(sender, ())),
-                    expected=seen.expected.get(sender, 0.0),
-                    known_author=known,
+                    Reason.COPYCAT if other else Reason.OK,
+                    f"{other[:40]!r} sent the same text {when}" if other else "",
+                    score=min(-worst.tail(row, sender), 1e6),
+                    met=len(worst.met.get(sender, ())),
+                    expected=worst.expected.get(sender, 0.0),
+                    earlier=earlier,
                 )
             )
-        return out, self._remember(pool, seen, state)
+        return out, self._remember(pool, looks[0], state)
 
-    def _copies(self, pool: Pool, seen: _Seen, tail: dict[str, float]) -> dict[int, tuple[str, bool]]:
-        """Rows that go: a participant whose copy stays, and whether he is known to be the author."""
-        suspects = {p for p, value in tail.items() if value < math.log(self.level)}
+    def _copies(self, pool: Pool, looks: Sequence[_Look]) -> dict[int, tuple[str, bool]]:
+        """Rows that go: a participant whose copy stays, and whether it was sent in an earlier round."""
+        limit = math.log(self.level / len(looks))
         out = {}
-        for key, rows in seen.rows.items():
+        for key, rows in looks[0].rows.items():
             senders = {pool.completions[r].participant for r in rows}
-            authors = set(seen.authors.get(key, ()))
-            judged = {p for p in senders - authors if key in seen.met[p] and (p in suspects or seen.too_long(key, p))}
-            keep = authors or senders - judged
+            first = set(looks[0].first.get(key, ()))
+            judged = {
+                p
+                for p in senders - first
+                if any(look.tail(r, p) < limit for look in looks for r in rows if pool.completions[r].participant == p)
+            }
+            keep = first or senders - judged
             if judged and not keep:
-                fewest = min(len(seen.met[p]) for p in senders)
-                even = [p for p in senders if len(seen.met[p]) == fewest]
+                fewest = min(len(looks[0].met[p]) for p in senders)
+                even = [p for p in senders if len(looks[0].met[p]) == fewest]
                 keep = {min(even, key=lambda p: hashlib.sha256(f"{key}:{p}".encode(errors="surrogatepass")).digest())}
             for row in rows:
-                sender = pool.completions[row].participant
-                if sender in judged - keep:
-                    out[row] = (min(keep), bool(authors))
+                if pool.completions[row].participant in judged - keep:
+                    out[row] = (min(keep), bool(first))
         return out
 
-    def _remember(self, pool: Pool, seen: _Seen, state: State) -> State:
-        """The last `window` rounds: for each text who sent it and for which prompts; how many rows each prompt had."""
-        sent = {
-            key: [
-                sorted({pool.completions[r].participant for r in rows}),
-                sorted({pool.completions[r].prompt for r in rows}),
-            ]
-            for key, rows in sorted(seen.rows.items())
-        }
-        prompts = Counter(str(pool.completions[r].prompt) for rows in seen.rows.values() for r in rows)
+    def _remember(self, pool: Pool, look: _Look, state: State) -> State:
+        """The last `window` rounds: who sent each text that could teach, and how many such rows each prompt had."""
+        advantage = advantages(pool)
+        taught = {key: [r for r in rows if advantage[r]] for key, rows in sorted(look.rows.items())}
+        sent = {key: sorted({pool.completions[r].participant for r in rows}) for key, rows in taught.items() if rows}
+        prompts = Counter(str(pool.completions[r].prompt) for rows in taught.values() for r in rows)
         here = {"index": pool.index, "sent": sent, "prompts": dict(sorted(prompts.items()))}
         rounds = [r for r in state.get("rounds", []) if r["index"] < pool.index] + [here]
         rounds = rounds[-self.window :] if self.window else []
@@ -112,93 +116,72 @@ class Copycat:
 
 
 @dataclass(slots=True)
-class _Seen:
-    """A round's texts by key (sha256 of what is not space), beside those of the rounds before it."""
+class _Look:
+    """A round's texts of some length by key (sha256 of the prompt and what is not space), beside those of earlier rounds."""
 
-    key: list[str]  # of each row; "" where the text is too short to speak of
+    key: list[str]  # of each row; "" where the text is too short
     rows: dict[str, list[int]] = field(default_factory=dict)
-    authors: dict[str, list[str]] = field(default_factory=dict)  # who sent it in the earliest round of the window
+    first: dict[str, list[str]] = field(default_factory=dict)  # who sent it in the earliest round of the window
     met: dict[str, set[str]] = field(default_factory=dict)  # by participant: texts that another one has, too
     expected: dict[str, float] = field(default_factory=dict)  # by participant: how many that would be by chance
-    foreign: set[str] = field(default_factory=set)  # texts known from an earlier round, or sent for several prompts
-    long: set[str] = field(default_factory=set)
-    repeats: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # by participant: repeats, pairs among own long texts
 
-    def too_long(self, key: str, participant: str) -> bool:
-        """Whether this one text is too long to be met by chance: nobody else repeats himself in such."""
-        others = [v for p, v in self.repeats.items() if p != participant]
-        if key not in self.long or any(repeats for repeats, _ in others):
-            return False
-        return key in self.foreign or sum(pairs for _, pairs in others) >= ENOUGH_PAIRS
+    def tail(self, row: int, sender: str) -> float:
+        """log of how likely so many meetings of this row's sender are; 0 where nobody else has this row's text."""
+        if self.key[row] not in self.met.get(sender, ()):
+            return 0.0
+        return log_chernoff_tail(len(self.met[sender]), self.expected[sender])
 
 
-def _look(pool: Pool, state: State, min_tokens: int, long_tokens: int) -> _Seen:
+def _look(pool: Pool, state: State, least: int) -> _Look:
+    """The texts of `least` tokens or more."""
     past = [r for r in state.get("rounds", []) if r["index"] < pool.index]
-    key = [_key(t, c.ids) if len(c.ids) >= min_tokens else "" for t, c in zip(pool.texts, pool.completions)]
-    seen = _Seen(key)
+    look = _Look(
+        [_key(c.prompt, t, c.ids) if len(c.ids) >= least else "" for t, c in zip(pool.texts, pool.completions)]
+    )
     by_sender: dict[str, list[int]] = {c.participant: [] for c in pool.completions}
-    for row, (k, completion) in enumerate(zip(key, pool.completions)):
+    for row, (k, completion) in enumerate(zip(look.key, pool.completions)):
         if k:
-            seen.rows.setdefault(k, []).append(row)
+            look.rows.setdefault(k, []).append(row)
             by_sender[completion.participant].append(row)
-    earlier: dict[str, set[int]] = {}  # text -> prompts it was sent for before
     for held in past:
-        for k in held["sent"].keys() & seen.rows.keys():
-            seen.authors.setdefault(k, held["sent"][k][0])
-            earlier.setdefault(k, set()).update(held["sent"][k][1])
-    for k, rows in seen.rows.items():
-        senders = {pool.completions[r].participant for r in rows}
-        if k in seen.authors or len({pool.completions[r].prompt for r in rows}) > 1:
-            seen.foreign.add(k)
-        if min(len(pool.completions[r].ids) for r in rows) >= long_tokens:
-            seen.long.add(k)
+        for k in held["sent"].keys() & look.rows.keys():
+            look.first.setdefault(k, held["sent"][k])
+    for p in by_sender:
+        look.met[p] = set()
+    for k, rows in look.rows.items():
+        senders, first = {pool.completions[r].participant for r in rows}, look.first.get(k, [])
         for p in senders:
-            authors = seen.authors.get(k, [])
-            if p not in authors and (authors or len(senders) > 1):
-                seen.met.setdefault(p, set()).add(k)
-    for p, rows in by_sender.items():
-        seen.met.setdefault(p, set())
-        seen.repeats[p] = _repeats([key[r] for r in rows if key[r] in seen.long])
-    _expect(pool, seen, by_sender, past, earlier)
-    return seen
+            if p not in first and (first or len(senders) > 1):
+                look.met[p].add(k)
+    before = Counter({int(q): n for held in past for q, n in held["prompts"].items()})
+    _expect(pool, look, by_sender, before)
+    return look
 
 
-def _expect(
-    pool: Pool, seen: _Seen, by_sender: dict[str, list[int]], past: Sequence[State], earlier: dict[str, set[int]]
-) -> None:
-    """Fill `seen.expected`: the sum over a participant's texts of the chance that anyone else has the same."""
+def _expect(pool: Pool, look: _Look, by_sender: dict[str, list[int]], before: Mapping[int, int]) -> None:
+    """Fill `look.expected`: the sum over a participant's texts of the chance that anyone else has the same."""
     groups: dict[int, dict[str, list[str]]] = {}  # prompt -> participant -> keys
     for p, rows in by_sender.items():
         for row in rows:
-            groups.setdefault(pool.completions[row].prompt, {}).setdefault(p, []).append(seen.key[row])
-    own: dict[str, tuple[int, int]] = {}
+            groups.setdefault(pool.completions[row].prompt, {}).setdefault(p, []).append(look.key[row])
+    own = {p: (0, 0) for p in by_sender}
     for group in groups.values():
         for p, keys in group.items():
             repeats, pairs = _repeats(keys)
-            so_far = own.get(p, (0, 0))
-            own[p] = so_far[0] + repeats, so_far[1] + pairs
-    same: dict[str, int] = {}  # meetings on the same prompt, on other prompts
-    other: dict[str, int] = {}
-    texts = {p: {(seen.key[r], pool.completions[r].prompt) for r in rows} for p, rows in by_sender.items()}
-    on_prompt = Counter(
-        place for held in texts.values() for place in held
-    )  # participants with this text for this prompt
-    for p, held in texts.items():
-        for k, prompt in held:
-            if k in seen.met[p]:
-                there = prompt in earlier.get(k, ()) or on_prompt[k, prompt] > 1
-                same[p], other[p] = same.get(p, 0) + there, other.get(p, 0) + (not there)
-    before = Counter({int(q): n for held in past for q, n in held["prompts"].items()})
+            own[p] = own[p][0] + repeats, own[p][1] + pairs
     here = {q: sum(len(keys) for keys in group.values()) for q, group in groups.items()}
-    rivals = {p: sum(here[q] - len(groups[q][p]) + before[q] for _, q in held) for p, held in texts.items()}
+    # by participant, for each different text of his: its prompt, and how many of others' texts it could meet
+    texts = {
+        p: [(q, here[q] - len(group[p]) + before.get(q, 0)) for q, group in sorted(groups.items()) if p in group
+            for _ in set(group[p])]
+        for p in by_sender
+    }  # fmt: skip
     # nobody sent two of a prompt: how often the ordinary participant meets another one has to do
-    met_rate = median_low([(same.get(p, 0) + 0.5) / (rivals[p] + 1) for p in texts] or [0.0])
-    elsewhere = median_low([(other.get(p, 0) + 0.5) / (len(held) + 1) for p, held in texts.items()] or [0.0])
+    rate = median_low(
+        [(len(look.met[p]) + 0.5) / (sum(rivals for _, rivals in held) + 1) for p, held in texts.items()] or [0.0]
+    )
     paired = sorted((p for p, (_, n) in own.items() if n), key=lambda p: (own[p][0] / own[p][1], p))
     ordinary = set(paired[: max(1, len(paired) - max(1, len(paired) // 4))])
-    rate = met_rate
     if ordinary:  # its upper end: few repeats among few pairs prove little
         count, pairs = (sum(own[p][i] for p in ordinary) for i in (0, 1))
         rate = (count + 0.5 + 1.64 * math.sqrt(count + 0.5)) / (pairs + 1)
@@ -207,9 +190,7 @@ def _expect(
         found = [_repeats(keys) for p, keys in group.items() if p in ordinary]
         chance[q] = (sum(d for d, _ in found) + PRIOR_PAIRS * rate) / (sum(n for _, n in found) + PRIOR_PAIRS)
     for p, held in texts.items():
-        seen.expected[p] = math.fsum(
-            min(1.0, elsewhere + chance[q] * (here[q] - len(groups[q][p]) + before[q])) for _, q in sorted(held)
-        )
+        look.expected[p] = math.fsum(min(1.0, chance[q] * rivals) for q, rivals in held)
 
 
 def _repeats(keys: Sequence[str]) -> tuple[int, int]:
@@ -217,7 +198,7 @@ def _repeats(keys: Sequence[str]) -> tuple[int, int]:
     return sum(n * (n - 1) // 2 for n in Counter(keys).values()), len(keys) * (len(keys) - 1) // 2
 
 
-def _key(text: str, ids: Sequence[int]) -> str:
-    """Name of a text: what is not space; of one without any, its token ids."""
+def _key(prompt: int, text: str, ids: Sequence[int]) -> str:
+    """Name of a text for a prompt: what is not space; of one without any, its token ids."""
     said = "".join(fold(text).split()) or f"ids:{','.join(map(str, ids))}"
-    return hashlib.sha256(said.encode(errors="surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(f"{prompt}:{said}".encode(errors="surrogatepass")).hexdigest()[:16]
