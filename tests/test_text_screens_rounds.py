@@ -341,7 +341,7 @@ def test_copycat_what_goes_was_said_and_could_teach_under_the_same_reward() -> N
         rounds[r]["d"] = rounds[r + 1]["a"]
     pools = [pool(said, index=r) for r, said in enumerate(rounds)]
     found, _ = play(Copycat(), pools)
-    for r, (p, verdicts) in enumerate(zip(pools, found)):
+    for r, p in enumerate(pools):
         stayed = {
             (q.completions[i].prompt, q.texts[i], q.rewards[i])
             for q, held in zip(pools[: r + 1], found)

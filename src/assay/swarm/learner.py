@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from assay.contribution import Pool
+from assay.contribution import Pool, TokenEvidence
 from assay.swarm import screening
 from assay.swarm.defence import Defence
 from assay.swarm.evidence import Collected, collect
@@ -27,7 +27,7 @@ from assay.swarm.sampling import Sampler, seed_of
 from assay.swarm.screening import Judged
 from assay.swarm.tasks import Task
 from assay.trust import Strikes
-from assay.verdict import State
+from assay.verdict import AnyScreen, State
 
 Ids = tuple[int, ...]
 Texts = Callable[[Sequence[Ids]], list[str]]
@@ -145,49 +145,75 @@ class Learner:
         pool = self.practice.pool(gathered)
         seconds = {"reward": time.perf_counter() - at}
         at = time.perf_counter()
-        judged = screening.judge_pool(pool, defence.screens, memory.screens, defence.monitor)
+        schema = [s for s in defence.screens if s.name == "schema"]
+        judged = screening.judge_pool(pool, schema, memory.screens, defence.monitor)
         for row, completion in enumerate(pool.completions):
             if memory.trust.get(completion.participant, Strikes()).banned:
                 screening.apply(judged, row, screening.banned(completion))
+        learnt = Learnt(pool, gathered.plan.mode, judged, Collected(), defence, 0.0, 0.0, seconds)
+        looked = self._compare(learnt)
         seconds["screen"] = time.perf_counter() - at
         at = time.perf_counter()
-        learnt = Learnt(pool, gathered.plan.mode, judged, Collected(), defence, 0.0, 0.0, seconds)
-        self._update(learnt)
+        self._update(learnt, looked)
         seconds["update"] = time.perf_counter() - at
         trust = screening.update_trust(memory.trust, pool, judged.verdicts, defence.trust)
         return Memory(trust=trust, screens=judged.states), learnt
 
-    def _audit(self, learnt: Learnt) -> list[int]:
-        """Look at rows that are out already (a banned node's, or by their text): no graph, evidence only."""
-        if not learnt.defence.model_screens:
-            return []
-        rows = [r for r, w in enumerate(learnt.judged.weight_N) if w == 0 and learnt.pool.completions[r].ids]
+    def _compare(self, learnt: Learnt) -> bool:
+        """Let the screens of texts see the rows that stand, and say whether the model screens have judged all rows.
+
+        These screens compare participants and remember rounds: what a banned node sends, or what schema, seeded or
+        logit refuse, must move none of their statistics, now or later. So model screens go first where there are both:
+        a forward pass of its own (LAB.md: two fifths of the time of generation), and no level pays it by default. What
+        one's own seed gives is no copy, whoever sent it before: where the seeded check decides, copycat only watches.
+        """
+        defence, pool = learnt.defence, learnt.pool
+        others = [s for s in defence.screens if s.name != "schema"]
+        looked = bool(others and defence.model_screens)
+        if looked:
+            rows = [r for r, c in enumerate(pool.completions) if c.ids]
+            self._look(learnt, rows)
+            self._judge(learnt, rows)
+        seeded = {s.name for s in defence.model_screens} & {"seeded"} - defence.monitor
+        standing = [r for r, w in enumerate(learnt.judged.weight_N) if w > 0]
+        self._apply(learnt, others, standing, defence.monitor | ({"copycat"} if seeded else frozenset()))
+        return looked
+
+    def _look(self, learnt: Learnt, rows: Sequence[int]) -> None:
+        """Evidence only, no graph."""
         with torch.no_grad():
             for some in self._chunks(learnt.pool, rows):
                 self._forward(learnt, some)
+
+    def _audit(self, learnt: Learnt) -> list[int]:
+        """Look at rows that are out already: a banned node's, or malformed ones."""
+        if not learnt.defence.model_screens:
+            return []
+        rows = [r for r, w in enumerate(learnt.judged.weight_N) if w == 0 and learnt.pool.completions[r].ids]
+        self._look(learnt, rows)
         return rows
 
-    def _update(self, learnt: Learnt) -> None:
-        """All optimiser steps of the round; the first one judges as it goes.
+    def _update(self, learnt: Learnt, looked: bool) -> None:
+        """All optimiser steps of the round; the first one judges as it goes, unless all rows have been looked at.
 
-        Rows that are out are judged with the rest of their group: what a text screen took from an honest group must not
-        make the group look incomplete.
+        Rows that are out are judged with the rest of their group, so that it does not look incomplete.
         """
         rows = [r for r, w in enumerate(learnt.judged.weight_N) if w > 0 and learnt.pool.completions[r].ids]
         prompt_of = [c.prompt for c in learnt.pool.completions]
         beside: dict[int, list[int]] = {}
-        for row in self._audit(learnt):
+        for row in () if looked else self._audit(learnt):
             beside.setdefault(prompt_of[row], []).append(row)
         old: dict[int, Tensor] = {}
         for update in range(self.updates):
+            judging = update == 0 and not looked
             sums = nothing(self.model.device)
             for some in self._chunks(learnt.pool, rows):
-                chunk = self._forward(learnt, some, first=update == 0)
-                if update == 0:
+                chunk = self._forward(learnt, some, first=judging)
+                if judging:
                     prompts = sorted({prompt_of[r] for r in some})
                     self._judge(learnt, [*some, *(r for p in prompts for r in beside.pop(p, ()))])
                 sums = sums + self._backward(learnt, some, chunk, old)
-            if update == 0 and beside:
+            if judging and beside:
                 self._judge(learnt, [r for group in beside.values() for r in group])
             self._step(learnt, sums)
 
@@ -220,8 +246,19 @@ class Learner:
 
     def _judge(self, learnt: Learnt, rows: Sequence[int]) -> None:
         """Model screens on a chunk: its groups are whole, so that the group rule sees what it needs."""
-        if not learnt.defence.model_screens:
-            return
+        if learnt.defence.model_screens:
+            evidence = learnt.collected.evidence(rows)
+            self._apply(learnt, learnt.defence.model_screens, rows, learnt.defence.monitor, evidence)
+
+    def _apply(
+        self,
+        learnt: Learnt,
+        screens: Sequence[AnyScreen[Pool]],
+        rows: Sequence[int],
+        monitor: frozenset[str],
+        evidence: TokenEvidence | None = None,
+    ) -> None:
+        """Let screens that see only these rows of the pool judge them."""
         pool = learnt.pool
         part = replace(
             pool,
@@ -231,10 +268,10 @@ class Learner:
             rewards=tuple(pool.rewards[r] for r in rows),
             ended=tuple(pool.ended[r] for r in rows),
             readable=tuple(pool.readable[r] for r in rows),
-            evidence=learnt.collected.evidence(rows),
+            evidence=evidence,
         )
         states = learnt.judged.states  # handed on from chunk to chunk and from round to round
-        seen = screening.judge_pool(part, learnt.defence.model_screens, states, learnt.defence.monitor)
+        seen = screening.judge_pool(part, screens, states, monitor)
         states |= seen.states
         count = len(rows)
         for at, verdict in enumerate(seen.verdicts):  # screen by screen, each in the order of the rows
