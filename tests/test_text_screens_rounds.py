@@ -215,6 +215,37 @@ def test_length_can_be_anchored_to_ones_own_completions() -> None:
     assert dropped([of_lengths(held)], found, lambda p, i: p.completions[i].participant != "a") == 1.0
 
 
+def alone(index: int, right: int, long: float = 96) -> Pool:
+    """z is right with long answers; of 24 answers of the others so many are."""
+    said = {n: {i: [("w " * 35, float(k < right)) for k in range(24)]} for i, n in enumerate("abc")}
+    return pool({**said, "z": {9: [("w " * int(long), 1.0)] * 24}}, index=index, max_tokens=512)
+
+
+def test_length_waits_for_more_than_half_of_the_nodes() -> None:
+    """A hard task: at first only the attacker is right, then the others now and then."""
+    found, state = play(Length(), [alone(0, 0), alone(1, 0)])
+    assert state["rounds"] == []
+    pools = [alone(0, 0), *(alone(r, 3) for r in range(1, 8))]
+    found, state = play(Length(), pools)
+    assert state["since"] == 3, "three rounds of three right answers are enough"
+    assert state["rounds"][0][0] == 35
+    gone = [v.participant for verdicts in found for v in verdicts if v.weight == 0]
+    assert gone == ["z"] * 24 * 5
+    assert "waiting" not in state
+    half = [of_lengths({"a": [35.0] * 24, "z": [3.0] * 24, "b": [], "c": []}, r) for r in range(3)]
+    assert play(Length(), half)[1]["rounds"] == [], "two of four are not more than half"
+
+
+def test_limit_length_half_of_the_nodes_deflate_the_anchor_and_ones_own_does_not_move() -> None:
+    short = {"a": [35.0] * 16, "b": [36.0] * 16, "y": [3.0] * 16, "z": [3.0] * 16}
+    pools = [of_lengths(short, r) for r in range(2)]
+    for own, share in ((None, 1.0), ("a", 0.0)):
+        found, _ = play(Length(own=own), pools)
+        assert dropped(pools, found, lambda p, i: p.completions[i].participant in "ab") == share
+    one = [of_lengths({**short, "y": [34.0] * 16}, r) for r in range(2)]
+    assert dropped(one, play(Length(), one)[0], lambda p, i: True) == 0.0
+
+
 def test_limit_length_takes_the_reward_of_an_honest_node_that_writes_half_as_much_again() -> None:
     rng = random.Random(4)
     pools = [of_lengths({n: usual(rng, scale=1.5 if n == "d" else 1) for n in "abcd"}, r) for r in range(3)]

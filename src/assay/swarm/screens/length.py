@@ -12,6 +12,8 @@ from assay.swarm.screens.common import median_low, say
 from assay.verdict import Reason, State, Verdict
 
 CAP = 0.95  # quantile of an ordinary participant's lengths that the cap is a multiple of
+ENOUGH = 8  # rewarded completions of a node before its lengths say anything
+MOST = 256  # lengths of a node that are kept until there is an anchor
 HARMLESS_TOKENS = 8  # an anchor of a few tokens says nothing: below this nothing is too long
 
 
@@ -29,15 +31,21 @@ class Length:
     """A cap on each completion and a budget on each participant's mean, both anchored to the first rounds.
 
     Only rewarded completions count and only they can lose: what teaches length is the reward. The anchor is the median
-    over participants of each one's mean and high quantile, in the first `anchor_rounds` rounds that had any (the lower
-    middle one, so that half the participants may inflate theirs); with `own` that node's alone. It never moves
-    afterwards but by `growth_per_round`: a limit tied to the round's own median leaks, because the median moves with
-    the attack (LAB.md).
+    over participants of each one's mean and high quantile (the lower middle one, so that half the participants may
+    inflate theirs). It is laid as soon as more than half of those who were asked have `ENOUGH` rewarded completions
+    since the last one, in one round or in several, and is the median of `anchor_rounds` such; with `own` that node's
+    alone counts. Until then nothing is too long: on a task that only an attacker can do yet he would lay it alone. It
+    never moves afterwards but by `growth_per_round`: a limit tied to the round's own median leaks, because the median
+    moves with the attack (LAB.md).
 
     Cap: `factor` x the anchor's high quantile. Budget: `budget` x the anchor's mean, plus two standard errors of a mean
     of so many completions; of a participant above it the longest completions lose their reward until the rest fit.
     In the long run an attacker can stretch lengths to about `budget` times the anchor and no further; raising `budget`
     gives him that much, lowering it takes the reward from verbose honest models, which this screen cannot tell apart.
+
+    Limit: where half of the participants or more send answers of a few words while the anchor is laid, every honest
+    completion loses its reward. Half that inflate and half that deflate leave the same lengths; nothing in the pool
+    says which half is honest. A node that knows itself to be sets `own`: no other can then move its anchor.
     """
 
     factor: float = 1.3
@@ -96,10 +104,14 @@ class Length:
         past = list(state.get("rounds", []))
         if len(past) >= self.anchor_rounds:
             return state
-        trusted = [v for node, v in sorted(lengths.items()) if self.own is None or node == self.own]
-        if not trusted:
-            return state
-        here = [[*_moments(v), _quantile(v, CAP)] for v in trusted]
+        waiting: dict[str, list[int]] = {n: list(v) for n, v in state.get("waiting", {}).items()}
+        for node, found in sorted(lengths.items()):
+            if self.own is None or node == self.own:
+                waiting[node] = [*waiting.get(node, []), *found][:MOST]
+        ready = [v for _, v in sorted(waiting.items()) if len(v) >= ENOUGH]
+        if 2 * len(ready) <= (len(pool.asked) if self.own is None else 1):
+            return {**state, "rounds": past, "waiting": waiting}
+        here = [[*_moments(v), _quantile(v, CAP)] for v in ready]
         middle = [median_low([values[i] for values in here]) for i in range(3)]
         return {"rounds": [*past, middle], "since": pool.index}
 
