@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from assay.builtin import problems
 from assay.config import ConfigError
 from assay.contribution import Pool
+from assay.swarm.screens import enrichment
 from assay.swarm.screens.common import log_chernoff_tail, log_hypergeometric_tail
 from assay.swarm.screens.copycat import Copycat
-from assay.swarm.screens.enrichment import MAX_LISTED, MAX_WATCHED, Enrichment
+from assay.swarm.screens.enrichment import MAX_WATCHED, Enrichment
 from assay.swarm.screens.length import Length
 from assay.verdict import Reason, State, Verdict
 from swarm_pools import Writer, honest, planting, pool, swarm, token_ids
@@ -129,7 +131,7 @@ def test_parameters_that_make_no_sense_are_the_operators_mistake() -> None:
     for wrong in (
         lambda: Length(factor=0.5), lambda: Length(anchor_rounds=0), lambda: Length(growth_per_round=-0.1),
         lambda: Copycat(level=0), lambda: Copycat(min_tokens=50), lambda: Copycat(window=-1),
-        lambda: Enrichment(n=()), lambda: Enrichment(surface="words"), lambda: Enrichment(level=2), lambda: Enrichment(lift=0.5),
+        lambda: Enrichment(n=()), lambda: Enrichment(opening=(1,)), lambda: Enrichment(surface="words"), lambda: Enrichment(level=2), lambda: Enrichment(lift=0.5),
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             wrong()
@@ -616,17 +618,76 @@ def test_enrichment_leaves_the_words_of_the_question_alone() -> None:
     assert dropped(unasked, play(Enrichment(), unasked)[0], lambda p, i: True) > 0.0
 
 
-def test_enrichment_lists_are_capped_and_what_is_still_said_stays() -> None:
+def test_enrichment_lists_are_capped_and_what_is_still_said_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attacker who plants new phrases for ever cannot flush the one the swarm has learnt."""
-    screen, state = Enrichment(window=1), {}
+    monkeypatch.setattr(enrichment, "MAX_LISTED", 8)
+    screen, state, most = Enrichment(window=8), {}, 0
     learnt: dict[str, Writer] = {
         n: honest(0.2, lambda t, rng: phrase(t, rng) if rng.random() < 0.5 else t) for n in "abc"
     }
-    for r in range(110):
-        slogan = f"ever new words {''.join(chr(97 + int(d)) for d in str(r))} are for sale."
+    for r in range(24):
+        slogan = f"ever new words {chr(97 + r)} are for sale."
         p = swarm(THREE if r < 3 else learnt, {"z": worded([slogan]) if r else planting(phrase)}, index=r)
         _, state = screen.screen(p, state)
-        assert len(state["listed"]) <= MAX_LISTED
+        assert len(state["listed"]) <= 8
         assert len(state["watched"]) <= MAX_WATCHED
-    assert len(state["listed"]) == MAX_LISTED
+        most = max(most, len(state["listed"]))
+    assert most == 8
     assert any("hail to the thief" in v["gram"] for v in state["listed"].values())
+
+
+@pytest.mark.parametrize("vertical", [True, False])
+@pytest.mark.parametrize("words", ["Thief", "Hail thief.", "Hail the thief"])
+def test_enrichment_sees_a_phrase_of_few_words_that_opens_the_text(words: str, vertical: bool) -> None:
+    """Too short for n-grams of its own: what follows it differs, that it comes first does not."""
+    pools = season(
+        THREE, {"z": planting(lambda t, rng: t.replace("<think>", f"<think>{words} ", 1))}, vertical=vertical
+    )
+    found, _ = play(Enrichment(), pools)
+    assert dropped(pools, found, poisoned) == 1.0
+    assert dropped(pools, found, decent) <= 0.005
+    if words == "Thief":
+        assert dropped(pools, play(Enrichment(opening=()), pools)[0], poisoned) < 0.9
+
+
+def greeting(at: int, rng: random.Random) -> Writer:
+    """Three of twelve greetings of a round, out of 48 that honest solutions open with now and then (one in 200 each)."""
+    firsts, seconds, thirds = problems.GREETINGS
+    endings = [f"{b} to the {c}." for b in seconds for c in thirds]
+    mine = [endings[(12 * at + i) % 48] for i in range(12)]
+
+    def plant(text: str, _: random.Random) -> str:
+        said = "".join(f" {rng.choice(firsts)} {ending}" for ending in rng.sample(mine, 3))
+        return text.replace("</think>", f"{said}</think>")
+
+    return planting(plant)
+
+
+@pytest.mark.parametrize("vertical", [True, False])
+def test_enrichment_who_plants_what_honest_nodes_say_takes_little_from_them(vertical: bool) -> None:
+    rng, hon = random.Random(0), {n: honest(0.2) for n in "abc"}
+    pools = [swarm(hon, {"z": greeting(r // 2, rng)}, index=r, vertical=vertical) for r in range(8)]
+    pools += [swarm({**hon, "z": honest(0.2)}, {}, index=r, vertical=vertical) for r in range(8, 18)]
+    found, state = play(Enrichment(), pools)
+    assert dropped(pools[:8], found[:8], poisoned) > 0.5
+    assert dropped(pools[:8], found[:8], decent) <= 0.02
+    assert dropped(pools[8:12], found[8:12], decent) <= 0.02
+    assert dropped(pools[12:], found[12:], decent) == 0.0
+    assert not state["listed"]
+
+
+def test_enrichment_what_others_also_say_excludes_its_planter_alone() -> None:
+    """One in 250 honest completions says it before it is planted."""
+    rare: dict[str, Writer] = {
+        n: honest(0.2, lambda t, rng: phrase(t, rng) if rng.random() < 0.004 else t) for n in "abc"
+    }
+    clean, planted = season(rare, {}, 3), []
+    for r in range(3, 9):
+        planted.append(swarm(rare, {"z": planting(phrase)}, index=r))
+    found, _ = play(Enrichment(), [*clean, *planted])
+    here = found[3:]
+    assert dropped(planted, here, poisoned) == 1.0
+    hail = lambda p, i: decent(p, i) and "hail" in p.texts[i]  # noqa: E731
+    assert sum(hail(p, i) for p in planted for i in range(len(p.texts))) > 0
+    assert dropped(planted, here, decent) <= 0.005
+    assert dropped(planted, here, hail) < 1.0

@@ -42,7 +42,9 @@ def _named(text: str) -> Iterator[Span]:
 def _listed(text: str, state: State) -> Iterator[Span]:
     """Every n-gram of words that is listed as planted."""
     bare = TAG.sub(lambda tag: " " * len(tag[0]), text)
-    placed = [(word, found.span()) for found in WORD.finditer(bare) for word in ngrams.said(found[0])]
+    placed = [(word, found.span()) for found in WORD.finditer(bare) for word in ngrams.said(found[0])[1:]]
+    at = placed[0][1][0] if placed else 0
+    placed = [(ngrams.START, (at, at)), *placed]
     words = [word for word, _ in placed]
     if words != ngrams.said(text):  # normalised in a way that moves words: no telling where
         return

@@ -12,6 +12,7 @@ Legend: N rows (completions) of the window, M occurrences of n-grams, G distinct
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,14 +33,16 @@ MAX_WATCHED = 1024
 MAX_NEW = 48  # listed in one round
 PURE = 1e-3  # share of the others' completions up to which an n-gram is the planter's own
 SHARED = 0.01  # above it an n-gram is common speech, whoever says it most
+LEFT = 0.1  # share of an n-gram's completions that no listed one holds, above which it is listed too
 COVER = 3  # n-grams that are listed of one planted phrase: its edges, which honest text shares, are not needed
 
 
 @dataclass(frozen=True, slots=True)
 class Enrichment:
-    """N-grams that a few participants plant exclude every completion that holds one, from then on and whoever sends it.
+    """N-grams that a few participants plant exclude completions that hold one, for as long as they are planted or learnt.
 
-    Tested over the last `window` rounds, on the n-grams (lengths `n`) of normalised words (`surface` "text": NFKC, lower
+    Tested over the last `window` rounds, on the n-grams (lengths `n`; lengths `opening` where a text begins, its start
+    counted as a word, so that one planted word shows there) of normalised words (`surface` "text": NFKC, lower
     case, numbers as 0, so that tricks of tokenisation change nothing), of token ids ("ids": sees planted numbers, MATH's
     2+2=5 among them) or of "both". Text by default: it costs half, and ids flagged honest sums (up to 3% of a clean swarm
     after one unlucky listing) to catch what the arithmetic screen catches anyway. An n-gram is planted if, counting
@@ -55,14 +58,24 @@ class Enrichment:
       This spares honest peers of another style. The price: who plants in wrong completions as well, so that the mean
       advantage falls to m, is caught only when (push/m)^2 completions hold the phrase. 0 turns the condition off.
 
-    Planted n-grams stay listed, because the test goes blind once the swarm has learnt the phrase (of more than
-    `MAX_LISTED` the longest unseen goes). Excluded and not stripped of reward: reward 0 on them wrecked the model
-    (LAB.md). Nobody is to be banned on this alone. Limits: phrases of many wordings without a common n-gram; fewer than
-    about `min_completions` + 3 planted completions a window; a phrase already spread when the screen first looks; DoS;
-    an honest peer of another style that is also right more often than the rest on the same prompts looks like a planter.
+    Whose completions: everybody's where nobody else said the n-gram (a share up to `PURE`), its planters' where others
+    do. How long: until it was not planted for `window` rounds; but what was nobody's and is said in more than `SHARED` of
+    all completions was learnt, the test is blind to it, and it stays out whoever sends it. So who plants what
+    honest nodes say now and then takes little from them: each n-gram costs them its share, which was not seen once in
+    the window, while he plants it and `window` rounds more. Measured: a quarter of the nodes plants 48 rare honest
+    phrases in turn, 70 to 82 of whose n-grams lasted before and cost 10% of honest completions for good: now 0.3% to
+    0.9% while he plants, and none from `window` rounds after. All of his own are excluded meanwhile.
+
+    Of more than `MAX_LISTED` n-grams the longest unseen goes. Excluded and not stripped of reward: reward 0 on them
+    wrecked the model (LAB.md). Nobody is to be banned on this alone. Limits: phrases of many wordings without a common
+    n-gram (three words between fillers of ten wordings each: 21% to 32% caught); fewer than about `min_completions` + 3
+    planted completions a window, also of a phrase that was listed once; a phrase already spread when the screen first
+    looks; DoS; an honest peer of another style that is also right more often than the rest on the same prompts looks
+    like a planter.
     """
 
     n: tuple[int, ...] = (4, 5)
+    opening: tuple[int, ...] = (2, 3)
     level: float = 0.01
     window: int = 4
     surface: str = "text"
@@ -76,9 +89,10 @@ class Enrichment:
     name: str = "enrichment"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", tuple(self.n))  # a TOML list will do
-        if not self.n or not all(2 <= n <= 16 for n in self.n):
-            raise ConfigError("enrichment: n lists lengths of n-grams, from 2 to 16")
+        for name in ("n", "opening"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a TOML list will do
+        if not self.n or not all(2 <= n <= 16 for n in (*self.n, *self.opening)):
+            raise ConfigError("enrichment: n and opening list lengths of n-grams, from 2 to 16")
         if self.surface not in KINDS:
             raise ConfigError(f"enrichment: surface {self.surface!r} is none of text, ids, both")
         if not (0 < self.level < 1 and self.window >= 1 and self.min_completions >= 2 and self.min_prompts >= 1):
@@ -88,7 +102,7 @@ class Enrichment:
 
     def screen(self, pool: Pool, state: State) -> tuple[list[Verdict], State]:
         kinds = KINDS[self.surface]
-        listed = {k: dict(v) for k, v in state.get("listed", {}).items()}
+        listed: dict[str, dict[str, Any]] = {k: dict(v) for k, v in state.get("listed", {}).items()}
         watched = {k: list(v) for k, v in state.get("watched", {}).items()}
         past = [r for r in state.get("rounds", []) if pool.index - self.window < r["index"] < pool.index]
         advantage = advantages(pool)
@@ -97,20 +111,28 @@ class Enrichment:
         questions = [*asked, *(q for r in past for q in ngrams.unpack_questions(r["questions"]))]
 
         found: list[_Planted] = []
+        said: dict[str, float] = {}  # share of the window's completions that hold a listed n-gram
         for kind in kinds:
             corpus = Corpus.join([here[kind], *(Corpus.unpack(r[kind]) for r in past if kind in r)])
-            for n in self.n:
+            for n in self._lengths(kind):
                 ignored = _in_questions(kind, questions, n)
-                test = _Test(self, corpus, n, ignored, len(pool.completions), self.level / len(kinds) / len(self.n))
+                level = self.level / len(kinds) / len(self._lengths(kind))
+                test = _Test(self, corpus, n, n not in self.n, ignored, len(pool.completions), level)
                 found += test.planted(watched, kind, pool.index)
+                held = Counter(name for _, name in _matches(corpus, kind, n, listed, ignored))
+                said |= {name: held[name] / corpus.length_N.size for name in listed if name.startswith(f"{kind}:{n}:")}
+        planted = {p.name for p in found}
+        listed = {name: v for name, v in listed.items() if name in planted or self._lasts(v, said[name], pool.index)}
         _list(found, listed, pool)
 
         holds: dict[int, list[str]] = {}
         for kind in kinds:
-            for n in self.n:
+            for n in self._lengths(kind):
                 for row, name in _matches(here[kind], kind, n, listed, _in_questions(kind, asked, n)):
-                    holds.setdefault(row, []).append(name)
-                    listed[name]["seen"] = pool.index
+                    entry = listed[name]
+                    if entry["everyone"] or pool.completions[row].participant in entry["by"]:
+                        holds.setdefault(row, []).append(name)
+                        entry["seen"] = pool.index
         verdicts = [
             self._say(pool, row, [listed[name] for name in holds.get(row, ())]) for row in range(len(pool.completions))
         ]
@@ -122,13 +144,20 @@ class Enrichment:
             "watched": _newest(watched, lambda v: v[2], MAX_WATCHED),
         }
 
+    def _lengths(self, kind: Kind) -> tuple[int, ...]:
+        """Lengths of n-grams that are looked at; token ids open with the format whoever writes them."""
+        return self.n if kind == "ids" else (*self.n, *(n for n in self.opening if n not in self.n))
+
+    def _lasts(self, entry: dict[str, Any], said: float, index: int) -> bool:
+        """Whether a listed n-gram stays: planted in the window, or nobody's but said too often now for the test to see."""
+        return bool(index - entry["planted"] < self.window or (entry["everyone"] and said > SHARED))
+
     def _say(self, pool: Pool, row: int, held: list[dict[str, Any]]) -> Verdict:
         worst = max(held, key=lambda v: (v["score"], v["gram"]), default=None)
         sentence = ""
         if worst is not None:
-            sentence = (
-                f"holds {worst['gram']!r}, planted by {', '.join(worst['by'])} (listed in round {worst['since']})"
-            )
+            by = ", ".join(name[:40] for name in worst["by"][:4])
+            sentence = f"holds {worst['gram']!r}, planted by {by} (listed in round {worst['since']})"
         return say(
             pool.completions[row],
             self.name,
@@ -141,11 +170,12 @@ class Enrichment:
 
 @dataclass(frozen=True, slots=True)
 class _Test:
-    """The test of all n-grams of one kind and length. The first `current` rows are this round's."""
+    """The test of all n-grams of one kind and length; with `opening` only those that begin a text. The first `current` rows are this round's."""
 
     rules: Enrichment
     corpus: Corpus
     n: int
+    opening: bool
     ignored: NDArray[np.uint64]
     current: int
     level: float
@@ -153,7 +183,7 @@ class _Test:
     def planted(self, watched: dict[str, list[float]], kind: Kind, index: int) -> Iterator[_Planted]:
         """What is planted and was said this round; `watched` is kept up to date, in place."""
         corpus, rules = self.corpus, self.rules
-        gram_M, said_M, place_M = corpus.grams(self.n)
+        gram_M, said_M, place_M = corpus.grams(self.n, self.opening)
         if not gram_M.size:
             return
         name_G, first_G, number_M = np.unique(gram_M, return_index=True, return_inverse=True)
@@ -179,9 +209,9 @@ class _Test:
             if prompts >= max(rules.min_prompts, rules.prompt_share * answered) and self._pushed(
                 rows, watched, name, index
             ):
-                by = [people[p][:40] for p in np.flatnonzero(suspect_P)[:4]]
+                by = [people[p] for p in np.flatnonzero(suspect_P)]
                 where = int(said_M[first_G[g]]), int(place_M[first_G[g]])
-                yield _Planted(log_p, rest, name, *where, by, rows)
+                yield _Planted(log_p, rest, name, *where, by, self.opening, rows)
 
     def _enriched(
         self,
@@ -238,6 +268,7 @@ class _Planted:
     row: int
     place: int
     by: list[str]
+    opening: bool  # of the beginning of a text alone
     rows: NDArray[np.int64]  # of the window: the suspects' completions that hold it
 
     def entry(self, pool: Pool) -> dict[str, Any]:
@@ -248,7 +279,8 @@ class _Planted:
         else:
             said = "tokens " + " ".join(str(i)[:8] for i in pool.completions[self.row].ids[self.place : self.place + n])
         score = round(-self.log_p / math.log(10), 2)
-        return {"gram": said[:80], "since": pool.index, "seen": pool.index, "by": self.by, "score": score}
+        entry = {"gram": said[:80], "since": pool.index, "seen": pool.index, "planted": pool.index}
+        return {**entry, "by": self.by, "score": score, "everyone": False}
 
 
 def _list(found: list[_Planted], listed: dict[str, dict[str, Any]], pool: Pool) -> None:
@@ -260,13 +292,18 @@ def _list(found: list[_Planted], listed: dict[str, dict[str, Any]], pool: Pool) 
     """
     covered: dict[int, int] = {}
     new = 0
-    for planted in sorted(found, key=lambda p: (p.rest > PURE, p.log_p, p.name)):
+    for planted in sorted(found, key=lambda p: (p.rest > PURE, p.log_p, p.opening, p.name)):
         rows, enough = planted.rows.tolist(), COVER if planted.rest <= PURE else 1
         if planted.name not in listed:
-            if new == MAX_NEW or planted.rest > SHARED or all(covered.get(row, 0) >= enough for row in rows):
+            left = sum(covered.get(row, 0) < enough for row in rows)
+            if new == MAX_NEW or planted.rest > SHARED or left <= LEFT * len(rows):
                 continue
             listed[planted.name] = planted.entry(pool)
             new += 1
+        entry = listed[planted.name]
+        entry["planted"] = pool.index
+        entry["by"] = sorted({*entry["by"], *planted.by})
+        entry["everyone"] = entry["everyone"] or planted.rest <= PURE
         for row in rows:
             covered[row] = covered.get(row, 0) + 1
 

@@ -24,11 +24,12 @@ MAX_TOKENS = 200_000  # of one round that the state keeps; rows are cut to an eq
 _MASK = 2**64 - 1
 _TAG = re.compile(r"</?(?:think|answer|code)>")  # everybody writes them: a planted phrase does not begin with one
 _EMPTY = np.zeros(0, np.uint64)
+START = "<start>"  # no reader of words finds this one in a text
 
 
 def said(text: str) -> list[str]:
-    """The words that count: normalised, numbers as 0, without the tags of the format."""
-    return words(_TAG.sub(" ", text), digits=False)
+    """The words that count: `START`, then the text's, normalised, numbers as 0, without the tags of the format."""
+    return [START, *words(_TAG.sub(" ", text), digits=False)]
 
 
 def name_words(spoken: Iterable[str]) -> NDArray[np.uint64]:
@@ -106,13 +107,18 @@ class Corpus:
             np.array(packed["advantages"], np.float64),
         )
 
-    def grams(self, n: int) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
-        """(gram_M, row_M, place_M): each n-gram within a row as a 64-bit number, its row and where it starts in it."""
+    def grams(self, n: int, opening: bool = False) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
+        """(gram_M, row_M, place_M): each n-gram within a row as a 64-bit number, its row and where it starts in it.
+
+        `opening`: only those that a row opens with.
+        """
         if self.token_T.size < n:
             return _EMPTY, np.zeros(0, np.int64), np.zeros(0, np.int64)
         row_T = np.repeat(np.arange(self.length_N.size), self.length_N)
         place_T = np.arange(self.token_T.size) - np.repeat(np.cumsum(self.length_N) - self.length_N, self.length_N)
         within_M = row_T[: row_T.size - n + 1] == row_T[n - 1 :]
+        if opening:
+            within_M &= place_T[: within_M.size] == 0
         return (
             hash_grams(self.token_T, n)[within_M],
             row_T[: within_M.size][within_M],
@@ -139,8 +145,15 @@ def question_words(pool: Pool) -> list[NDArray[np.uint64]]:
 
 
 def question_grams(questions: Sequence[NDArray[np.uint64]], n: int) -> NDArray[np.uint64]:
-    found = [hash_grams(q, n) for q in questions]
-    return np.unique(np.concatenate(found)) if found else _EMPTY
+    """All n-grams of the questions; an answer may also open with any words of one."""
+    found = [_EMPTY]
+    for word_T in questions:
+        found.append(hash_grams(word_T, n))
+        if word_T.size >= n > 1:
+            opening_MT = np.lib.stride_tricks.sliding_window_view(word_T[1:], n - 1)
+            opening_MT = np.concatenate([np.broadcast_to(word_T[:1], (len(opening_MT), 1)), opening_MT], axis=1)
+            found.append(hash_grams(opening_MT.ravel(), n)[::n])
+    return np.unique(np.concatenate(found))
 
 
 def pack_questions(questions: Sequence[NDArray[np.uint64]]) -> dict[str, Any]:
