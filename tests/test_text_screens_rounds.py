@@ -673,7 +673,19 @@ def test_enrichment_who_plants_what_honest_nodes_say_takes_little_from_them(vert
     assert dropped(pools[:8], found[:8], decent) <= 0.02
     assert dropped(pools[8:12], found[8:12], decent) <= 0.02
     assert dropped(pools[12:], found[12:], decent) == 0.0
-    assert not state["listed"]
+    assert not any(v["everyone"] for v in state["listed"].values())
+
+
+@pytest.mark.parametrize("vertical", [True, False])
+def test_enrichment_who_plants_now_and_then_is_remembered(vertical: bool) -> None:
+    """Honest rounds between make the phrase too rare a thing for the test; what he planted once stays barred to him."""
+    sometimes = [
+        swarm(THREE, {"z": planting(phrase) if r % 6 == 0 else honest(0.2)}, index=r, vertical=vertical)
+        for r in range(19)
+    ]
+    found, _ = play(Enrichment(), sometimes)
+    assert dropped(sometimes, found, lambda p, i: "hail" in p.texts[i]) == 1.0
+    assert dropped(sometimes, found, decent) <= 0.005
 
 
 def test_enrichment_what_others_also_say_excludes_its_planter_alone() -> None:

@@ -39,7 +39,7 @@ COVER = 3  # n-grams that are listed of one planted phrase: its edges, which hon
 
 @dataclass(frozen=True, slots=True)
 class Enrichment:
-    """N-grams that a few participants plant exclude completions that hold one, for as long as they are planted or learnt.
+    """N-grams that a few participants plant exclude completions that hold one, longest those of who planted them.
 
     Tested over the last `window` rounds, on the n-grams (lengths `n`; lengths `opening` where a text begins, its start
     counted as a word, so that one planted word shows there) of normalised words (`surface` "text": NFKC, lower
@@ -58,18 +58,18 @@ class Enrichment:
       This spares honest peers of another style. The price: who plants in wrong completions as well, so that the mean
       advantage falls to m, is caught only when (push/m)^2 completions hold the phrase. 0 turns the condition off.
 
-    Whose completions: everybody's where nobody else said the n-gram (a share up to `PURE`), its planters' where others
-    do. How long: until it was not planted for `window` rounds; but what was nobody's and is said in more than `SHARED` of
-    all completions was learnt, the test is blind to it, and it stays out whoever sends it. So who plants what
-    honest nodes say now and then takes little from them: each n-gram costs them its share, which was not seen once in
-    the window, while he plants it and `window` rounds more. Measured: a quarter of the nodes plants 48 rare honest
-    phrases in turn, 70 to 82 of whose n-grams lasted before and cost 10% of honest completions for good: now 0.3% to
-    0.9% while he plants, and none from `window` rounds after. All of his own are excluded meanwhile.
+    Whose completions: those of its planters for good, and everybody's where nobody else said the n-gram (a share up to
+    `PURE`), until it was not planted for `window` rounds. If by then more than `SHARED` of all completions hold it, the
+    swarm has learnt it and the test is blind: it stays out whoever sends it. So who plants what honest nodes say now and
+    then takes little from them: each n-gram costs them its share, of which the window had not one case, while he plants
+    it and `window` rounds more. Measured: a quarter of the nodes plants 48 rare honest phrases in turn, whose 70 to 82
+    n-grams cost 10% of honest completions for good when all lasted for all: now 0.3% to 0.9% while he plants, and none
+    from `window` rounds after. All of his own that hold one are excluded.
 
     Of more than `MAX_LISTED` n-grams the longest unseen goes. Excluded and not stripped of reward: reward 0 on them
     wrecked the model (LAB.md). Nobody is to be banned on this alone. Limits: phrases of many wordings without a common
     n-gram (three words between fillers of ten wordings each: 21% to 32% caught); fewer than about `min_completions` + 3
-    planted completions a window, also of a phrase that was listed once; a phrase already spread when the screen first
+    planted completions a window; a phrase already spread when the screen first
     looks; DoS; an honest peer of another style that is also right more often than the rest on the same prompts looks
     like a planter.
     """
@@ -121,8 +121,9 @@ class Enrichment:
                 found += test.planted(watched, kind, pool.index)
                 held = Counter(name for _, name in _matches(corpus, kind, n, listed, ignored))
                 said |= {name: held[name] / corpus.length_N.size for name in listed if name.startswith(f"{kind}:{n}:")}
-        planted = {p.name for p in found}
-        listed = {name: v for name, v in listed.items() if name in planted or self._lasts(v, said[name], pool.index)}
+        for name, entry in listed.items():
+            lately = pool.index - entry["planted"] < self.window
+            entry["everyone"] = entry["everyone"] and (lately or said[name] > SHARED)
         _list(found, listed, pool)
 
         holds: dict[int, list[str]] = {}
@@ -147,10 +148,6 @@ class Enrichment:
     def _lengths(self, kind: Kind) -> tuple[int, ...]:
         """Lengths of n-grams that are looked at; token ids open with the format whoever writes them."""
         return self.n if kind == "ids" else (*self.n, *(n for n in self.opening if n not in self.n))
-
-    def _lasts(self, entry: dict[str, Any], said: float, index: int) -> bool:
-        """Whether a listed n-gram stays: planted in the window, or nobody's but said too often now for the test to see."""
-        return bool(index - entry["planted"] < self.window or (entry["everyone"] and said > SHARED))
 
     def _say(self, pool: Pool, row: int, held: list[dict[str, Any]]) -> Verdict:
         worst = max(held, key=lambda v: (v["score"], v["gram"]), default=None)
