@@ -37,7 +37,7 @@ class Copycat:
 
     Being first does not make an author: seeds and plan are public, and who has the weights can send today what others
     will draw tomorrow. So no verdict of this screen counts against its sender; the same text for another prompt is
-    another text (as an author, who sent it for prompts of his own took a third of the honest nodes' right answers); and
+    another text (as an author, who foresaw it for prompts of his own took 20% to 37% of the honest right answers); and
     where the seeded check decides, this screen only watches (learner.py): what one's own seed gives is no copy.
 
     Limits: one changed word makes another text. A text replayed for another prompt stays and earns what it earns there,
