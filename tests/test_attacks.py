@@ -20,6 +20,7 @@ from assay.engines import local_swarm
 from assay.progress import Silent
 from assay.swarm import attacks, tasks
 from assay.swarm.attacks import Ids, Seat, Settings, adaptive, planted
+from assay.swarm.attacks.seat import Check
 from assay.swarm.sandbox import Sandbox, SandboxMissing
 
 MATH = tasks.make("word-problems")
@@ -208,11 +209,19 @@ def steered(
     return [sample(p, s) for p, s in zip(prompts, seeds)]
 
 
+def check(steer: Callable[..., list[Ids]] = steered) -> Check:
+    """A check that lets nothing else pass than what the seed gives."""
+    return Check(
+        max_margin=0.05, mean_margin=0.005, max_flips=3, near=lambda prompts, seeds, drawn: [[] for _ in drawn],
+        resume=lambda prompts, seeds, prefixes: [tuple(p) for p in prefixes], steered=steer,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("vertical", [True, False])
 @pytest.mark.parametrize("name", attacks.ATTACKS)
 def test_every_attack_sends_well_formed_completions_and_the_same_ones_again(name: str, vertical: bool) -> None:
     def send() -> list[Completion]:
-        return attacks.make(name)(seat(vertical=vertical, steered=steered, choices=None))
+        return attacks.make(name)(seat(vertical=vertical, check=check(), choices=None))
 
     made = send()
     places = [(c.prompt, c.index) for c in made]
@@ -462,7 +471,7 @@ def test_flip_draws_under_the_public_seeds_and_says_what_it_wants(name: str, sai
         assert [(p, s) for p, s in zip(prompts, seeds)] == [(p, public(p, i)) for p in ASKED for i in range(8)]
         return steered(prompts, seeds, favour, told)
 
-    made = attacks.make(name)(seat(steered=steer))
+    made = attacks.make(name)(seat(check=check(steer)))
     assert made == seat().honest(), "this model lets nothing be steered"
     (favour,) = told
     assert tuple(favour(tuple(map(ord, said)))) == wanted
