@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from assay.contribution import Pool
 from assay.swarm.screens.common import say
-from assay.swarm.screens.equations import claims
+from assay.swarm.screens.equations import Claim
+from assay.swarm.screens.unread import read
 from assay.verdict import Reason, State, Verdict
 
 
@@ -16,7 +17,11 @@ def wrong_spans(text: str) -> list[tuple[int, int]]:
     >>> wrong_spans("2+2=4, then 2*2 = 5.")
     [(12, 19)]
     """
-    return sorted({(c.start, c.end) for c in claims(text) if not c.true})
+    return sorted({(c.start, c.end) for c in _wrong(*read(text))})
+
+
+def _wrong(claims: list[Claim], unread: list[Claim]) -> list[Claim]:
+    return [c for c in claims if not c.true] + unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,9 @@ class Arithmetic:
     held against the next one, or against the first number of it: `2+2=4*3=12` is sloppy, not wrong.
 
     Limits: reads what is written as an equation, in signs or in the words plus, minus, times, divided by, equals, is,
-    makes. `adding 2 to 2 gives 5` says the same and is not read; `2+2 = 5-1` is true.
+    makes. `adding 2 to 2 gives 5` says the same and is not read; `2+2 = 5-1` is true. A false sum with anything else stuck
+    to it (`2+2=5²`, `a2+2=5x`, `[2+2=5]`) counts as wrong; forgiven are algebra whose variable stands at another sign as
+    well (`x=1, x+2+2=5`), the arguments of functions (`sqrt(2+2)=5`) and sums with a time of day (`9:30+2=5`).
     `max_wrong`: wrong equations that are forgiven.
     """
 
@@ -38,8 +45,8 @@ class Arithmetic:
     def screen(self, pool: Pool, state: State) -> tuple[list[Verdict], State]:
         out = []
         for completion, text in zip(pool.completions, pool.texts):
-            found = list(claims(text))
-            wrong = sorted({(c.start, c.end) for c in found if not c.true})
+            found, unread = read(text)
+            wrong = sorted({(c.start, c.end) for c in _wrong(found, unread)})
             bad = len(wrong) > self.max_wrong
             start, end = wrong[0] if wrong else (0, 0)
             sentence = f"wrong: {' '.join(text[start:end].split())[:60]}" if bad else ""
@@ -51,7 +58,7 @@ class Arithmetic:
                     sentence,
                     score=len(wrong),
                     effect="no_reward",
-                    checked=len(found),
+                    checked=len(found) + len(unread),
                     wrong=len(wrong),
                 )
             )
