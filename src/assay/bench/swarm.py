@@ -112,7 +112,9 @@ def heterogeneous(seed: int, several: bool) -> list[SwarmExperiment]:
         base = _two_models(attack, seed)
         if attack in HOME:
             honest = base.changed(swarm__malicious=0.0)
-            for level, what in (("none", "honest_only"), ("text", "honest_text")):
+            # DoS and MATH share plan, rate and rounds: honest nodes alone are the same run
+            levels = ("none", "text") if attack != "dos" else ("none",)
+            for level, what in zip(levels, ("honest_only", "honest_text")):
                 out.append(named(honest.changed(defence__level=level), "two_models", attack, what, several=several))
         for level, what in (("none", "undefended"), ("text", "text")):
             out.append(named(base.changed(defence__level=level), "two_models", attack, what, several=several))
