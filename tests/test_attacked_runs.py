@@ -85,17 +85,17 @@ def test_attackers_that_strike_between_audits(
 ) -> None:
     """A data attack: in audited rounds the very bytes an honest client sends, in the others harm; counts inflated."""
     runs = {}
-    for name in ("honest", "strike+inflate_counts"):
-        params = {"strike": {"period": 2, "phase": 1, "honest": 0}} if "+" in name else {}
-        changed = small.changed(name=name, attack__name=name if "+" in name else "strike", attack__params=params)
-        changed = changed if "+" in name else changed.changed(clients__malicious=0.0)
-        local.run(changed, tmp_path / name, prepared, pool)
+    strike = small.changed(
+        attack__name="strike+inflate_counts", attack__params={"strike": {"period": 2, "phase": 1, "honest": 0}}
+    )
+    for name, first in (("honest", 99), ("struck", 1)):  # the same clients, before the attack begins and in it
+        local.run(strike.changed(name=name, attack__from_round=first), tmp_path / name, prepared, pool)
         runs[name] = contributions(tmp_path / name)
-    honest, struck = runs["honest"], runs["strike+inflate_counts"]
+    honest, struck = runs["honest"], runs["struck"]
     assert [c["sha256"] for c in honest[0]] == [c["sha256"] for c in struck[0]], "round 1 is audited"
     assert {c["num_examples"] for c in struck[0]} == {24}
     differ = {a["participant"] for a, b in zip(honest[1], struck[1]) if a["sha256"] != b["sha256"]}
-    roles = run_dir.read_summary(tmp_path / "strike+inflate_counts")["participants"]  # type: ignore[index]
+    roles = run_dir.read_summary(tmp_path / "struck")["participants"]  # type: ignore[index]
     assert differ == {name for name, role in roles.items() if role == "malicious"}
     assert {c["num_examples"] for c in struck[1] if c["participant"] in differ} == {24_000_000}
 
