@@ -34,8 +34,9 @@ def test_variants_differ_from_the_base_in_one_thing_each() -> None:
 
 def test_a_grid_crosses_attacks_shares_levels_and_seeds() -> None:
     made = grid(Experiment(), ["harmful_data", "strike+blend"], [0.0, 0.5], ["none", "submitted"], [0, 1])
-    assert len({e.name for e in made}) == len(made) == 2 * (1 + 1 + 2 * 2)
-    assert sum(e.clients.malicious == 0 for e in made) == 4, "honest only, and what the level costs them"
+    assert len({e.name for e in made}) == len(made) == 2 * (1 + 1 + 1 + 2 * 2)
+    assert sum(e.clients.malicious == 0 for e in made) == 6, "honest only, what the level costs them, and half of them"
+    assert [e.clients.total for e in made if "honest_alone" in e.name] == [5, 5]
     assert {(e.attack.name, e.defence.level) for e in made if e.clients.malicious} == {
         (a, d) for a in ("harmful_data", "strike+blend") for d in ("none", "submitted")
     }
@@ -49,11 +50,13 @@ def test_every_preset_names_attacks_that_can_be_made(name: str) -> None:
     for e in experiments:
         assert config.parse_any(json.loads(e.model_dump_json())) == e
         assert make_attack(e).first_round() <= e.training.rounds, "malicious in some round of the run"
-        assert (row_of(e)["attack"] == "none") == (e.clients.malicious == 0)
-    attacked = {row_of(e)["attack"] for e in experiments} - {"none"}
+        assert (row_of(e)["attack"] in ("none", "honest_alone")) == (e.clients.malicious == 0)
+    attacked = {row_of(e)["attack"] for e in experiments} - {"none", "honest_alone"}
     assert attacked == set(PRESETS[name].attacks)
-    none = {row_of(e)["attack"] for e in experiments if e.defence.level == "none"} - {"none"}
+    none = {row_of(e)["attack"] for e in experiments if e.defence.level == "none"} - {"none", "honest_alone"}
     assert none == set(PRESETS[name].undefended)
+    alone = {row_of(e)["share"] for e in experiments if row_of(e)["attack"] == "honest_alone"}
+    assert alone == {s for s in PRESETS[name].shares if s}
     assert {e.seed for e in of_preset(Experiment(), PRESETS[name], seeds=[5])} == {5}
 
 
@@ -184,7 +187,10 @@ def test_every_attack_of_the_swarm_is_in_a_suite() -> None:
 def test_what_text_screens_cost_a_clean_swarm_is_measured_for_every_attack_at_home() -> None:
     runs = swarm.suite(["heterogeneous", "text_aware"], [0])
     clean = [e for e in runs if not e.swarm.malicious_count and e.defence.level == "text"]
-    assert {e.attack.name for e in clean} >= set(swarm.HOME)
+    assert {e.attack.name for e in clean} >= set(swarm.HOME) - {"dos"}
+    honest = {e.attack.name: e for e in runs if "honest_only" in e.name}
+    same = honest["dos"].changed(attack__name="math", name=honest["math"].name, swarm__assigned=False)
+    assert same == honest["math"], "honest nodes, who choose nothing, do the same in both"
     assert {e.swarm.plan for e in clean} == {"vertical", "horizontal"}
     for e in clean:
         assert e.model.others

@@ -11,6 +11,7 @@ from assay.config import Experiment
 from assay.federated.defence import level_name
 
 DEMO_LEVELS = ("submitted", "step")
+ALONE = "honest_alone"
 KNOWN = {**WITHOUT_TRIGGER, **WITH_TRIGGER}
 ALL_LEVELS = ("submitted", "step", "client", "shadow", "evidence", "spectral")
 
@@ -39,7 +40,8 @@ def grid(
     seeds: Sequence[int],
     undefended: Sequence[str] | None = None,
 ) -> list[Experiment]:
-    """For every seed honest clients only, then every attack at every share of malicious clients under every level.
+    """For every seed honest clients only, then at every share of malicious clients the honest ones of that share alone
+    (what a perfect defence would leave: few clients drift farther) and every attack under every level.
 
     A share of 0 is no attack: under each level it shows what the defence costs honest clients. Attacks go by their names
     in presets.py or in federated/attacks/; level `none` is run for those in `undefended` (None: for all). Runs with much
@@ -51,6 +53,11 @@ def grid(
         here, end = base.changed(seed=seed), f".seed{seed}" if len(seeds) > 1 else ""
         out.append(here.changed(name=f"federated.honest_only{end}", clients__malicious=0.0, defence__level="none"))
         for share in shares:
+            if share:
+                name = f"federated.{ALONE}.{share:.0%}.none{end}".replace("%", "pct")
+                left = here.clients.total - round(share * here.clients.total)
+                alone = {"clients__total": left, "clients__malicious": 0.0, "defence__level": "none"}
+                out.append(here.changed(name=name, **alone))
             for level in levels:
                 if share == 0 and level == "none":
                     continue
@@ -78,11 +85,16 @@ def of_preset(
 def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
     """One row of results: what was run and the flat metrics."""
     honest = experiment.clients.malicious == 0
-    label = experiment.name.split(".")[1] if experiment.name.count(".") > 2 else experiment.attack.name
+    parts = experiment.name.split(".")
+    label, share = experiment.attack.name, experiment.clients.malicious
+    if len(parts) > 3:  # of a grid
+        label = parts[1]
+    if label == ALONE:  # beside the attacks at the share whose honest clients these are
+        share = int(parts[2].removesuffix("pct")) / 100
     return {
-        "attack": "none" if honest else label,
+        "attack": "none" if honest and label != ALONE else label,
         "defence": f"{level_name(experiment)}{' (as published)' if experiment.defence.faithful else ''}",
-        "share": experiment.clients.malicious,
+        "share": share,
         "seed": experiment.seed,
         "aggregator": experiment.aggregation.name,
         **summary["metrics"],

@@ -81,7 +81,7 @@ def _grid_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             cells = [_cell([r.get(m) for r in some if r["share"] == s], 2) for m in metrics for s in shares]
             known = columns if level != "none" else {}  # nothing is judged where nobody looks
             rest = [_cell([r.get(columns[k]) for r in some], 2) if k in known else "–" for k in columns]
-            name = "undefended" if level == "none" else f"`{level}`"
+            name = "–" if attack == "honest_alone" else "undefended" if level == "none" else f"`{level}`"
             lines.append("| " + " | ".join([f"`{attack}`", name, *cells, *rest]) + " |")
     return lines
 
