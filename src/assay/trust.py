@@ -154,6 +154,7 @@ class Strikes:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Self:
+        state = {"lost": [], **state}  # runs begun before groups were counted
         _check_keys(cls.__name__, state, ("rounds", "banned", "clean", "lost"))
         rounds, banned, clean, lost = state["rounds"], state["banned"], state["clean"], state["lost"]
         if (

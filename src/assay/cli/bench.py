@@ -15,6 +15,9 @@ from assay.config import AnyExperiment, ConfigError
 bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", no_args_is_help=True)
 Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
 LEVELS = ("submitted", "step", "client", "shadow")
+Only = Annotated[
+    str, typer.Option(help="Run only experiments whose name holds one of these texts, separated by commas.")
+]
 Out = Annotated[Path, typer.Option(help="Folder of the run directories.")]
 Results = Annotated[Path | None, typer.Option(help="JSON file to write the rows to.")]
 
@@ -40,6 +43,7 @@ def bench_federated(
         str, typer.Option(help="In a grid: shares of malicious clients. [default: the preset's, or 0.2,0.5,0.7]")
     ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas. [default: the preset's, or 0]")] = "",
+    only: Only = "",
     out: Out = Path("runs/bench"),
     results: Results = None,
     data_root: DataRoot = None,
@@ -64,6 +68,7 @@ def bench_federated(
         experiments = suite.grid(base, named, _shares(shares or "0.2,0.5,0.7"), wanted or LEVELS, chosen or [0])
     else:
         experiments = suite.suite(base, wanted or LEVELS, chosen or [0])
+    experiments = _only(experiments, only)
     in_grid = bool(preset or named)
     summaries = run_all(experiments, out, shared=in_grid)
     found = suite.results(_command(), base, experiments, summaries, shared=in_grid)
@@ -79,9 +84,7 @@ def bench_swarm(
         ),
     ] = "core",
     seeds: Seeds = "0,1,2",
-    only: Annotated[
-        str, typer.Option(help="Run only experiments whose name holds one of these texts, separated by commas.")
-    ] = "",
+    only: Only = "",
     out: Out = Path("runs/bench-swarm"),
     results: Results = None,
     settings: Set = None,
@@ -94,12 +97,17 @@ def bench_swarm(
     experiments = swarm.suite([s.strip() for s in suite.split(",")], _numbers(seeds))
     for setting in settings or []:
         experiments = [config.assign(e, setting) for e in experiments]
-    experiments = [e for e in experiments if any(text in e.name for text in only.split(","))]
-    if not experiments:
-        raise ConfigError(f"--only {only!r}: no experiment of this suite has that in its name")
+    experiments = _only(experiments, only)
     summaries = run_all(experiments, out)
     found = swarm.results(_command(), experiments, summaries)
     _finish(found, experiments, summaries, out, results, as_json)
+
+
+def _only(experiments: list[Any], only: str) -> list[Any]:
+    kept = [e for e in experiments if any(text in e.name for text in only.split(","))]
+    if not kept:
+        raise ConfigError(f"--only {only!r}: no experiment of this suite has that in its name")
+    return kept
 
 
 def _words(text: str) -> list[str]:
