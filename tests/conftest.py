@@ -13,10 +13,21 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
 from assay.config import Experiment, parse
 from assay.engines.pool import Pool
 from assay.federated.preparation import Prepared, prepare
 from assay.progress import Silent
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Results to the last bit, whatever the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from assay.swarm.screens.equations import claims
 from assay.swarm.screens.imports import ALLOWED, objections, programs
 from assay.swarm.screens.unread import read
 from swarm_pools import pool
+from test_text_screens import steps
 
 # --- sums ------------------------------------------------------------------------------------------------------------
 
@@ -114,24 +115,7 @@ def test_no_text_upsets_either_reader(text: str) -> None:
 )
 def test_hostile_text_costs_both_readers_linear_work(unit: str) -> None:
     """Counts steps of the interpreter, which no busy machine can blur."""
-    assert steps(unit * 1200) < 6 * steps(unit * 300) + 2000
-
-
-def steps(text: str) -> int:
-    count = 0
-
-    def trace(frame: object, event: str, arg: object) -> object:
-        nonlocal count
-        count += 1
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)  # type: ignore[arg-type]
-    try:
-        wrong_spans(text)
-    finally:
-        sys.settrace(before)
-    return count
+    assert steps(lambda: wrong_spans(unit * 1200)) < 6 * steps(lambda: wrong_spans(unit * 300)) + 2000
 
 
 def test_powers_stay_small() -> None:

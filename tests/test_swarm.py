@@ -62,12 +62,7 @@ def weights(learner: Learner) -> str:
     return tensors_sha256({n: p.detach().numpy() for n, p in learner.parameters.items()})
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- learning --------------------------------------------------------------------------------------------------------

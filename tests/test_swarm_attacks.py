@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from assay.bench.swarm import BF16_LIMITS
 from assay.config import ConfigError
@@ -21,13 +20,7 @@ from assay.swarm.seats import make_seat
 from assay.verdict import Reason
 from test_swarm import gathered_of, small, world_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seat_of(name: str, round: int = 1, **changes: Any) -> tuple[local_swarm.World, Seat]:

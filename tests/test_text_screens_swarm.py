@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-import torch
 
 from assay.contribution import Completion, Pool, completion_sha256
 from assay.engines import local_swarm
@@ -19,13 +18,7 @@ from assay.trust import Strikes
 from assay.verdict import Reason, State, Verdict
 from test_swarm import gathered_of, small
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
