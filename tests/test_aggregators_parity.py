@@ -38,10 +38,11 @@ def rows(seed: int, n: int, d: int = 60, far: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def byzfl() -> Iterator[types.SimpleNamespace]:
     """Its aggregators alone: the package's own `__init__` imports torchvision, which they have no use for."""
+    # another test's bare module of that name has no spec, and find_spec takes what is there
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "byzfl"}
     spec = importlib.util.find_spec("byzfl")
     if spec is None or spec.submodule_search_locations is None:
         pytest.skip("byzfl is not installed: pip install --no-deps byzfl==0.0.11 (make install does)")
-    before = {name for name in sys.modules if name.split(".")[0] == "byzfl"}
     for name, folder in (("byzfl", ""), ("byzfl.aggregators", "aggregators"), ("byzfl.utils", "utils")):
         bare = types.ModuleType(name)
         bare.__path__ = [str(Path(next(iter(spec.submodule_search_locations))) / folder)]
@@ -52,8 +53,9 @@ def byzfl() -> Iterator[types.SimpleNamespace]:
             pre=importlib.import_module("byzfl.aggregators.preaggregators"),
         )
     finally:
-        for name in [m for m in sys.modules if m.split(".")[0] == "byzfl" and m not in before]:
+        for name in [m for m in sys.modules if m.split(".")[0] == "byzfl"]:
             del sys.modules[name]
+        sys.modules.update(before)
 
 
 @pytest.mark.parametrize("seed", range(4))

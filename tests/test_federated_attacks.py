@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -148,15 +149,17 @@ def sent_delta(sending: attacks.Sending) -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module")
-def byzfl() -> ModuleType:
-    """byzfl's attacks without its packages' __init__, which wants torchvision."""
+def byzfl() -> Iterator[ModuleType]:
+    """byzfl's attacks without its packages' __init__, which wants torchvision; gone again when these tests are done."""
     spec = importlib.util.find_spec("byzfl")
     if spec is None:
         pytest.skip("byzfl is not installed: pip install --no-deps byzfl==0.0.11")
     bare = ModuleType("byzfl")
     bare.__path__ = list(spec.submodule_search_locations or [])
     sys.modules["byzfl"] = bare
-    return importlib.import_module("byzfl.attacks.attacks")
+    yield importlib.import_module("byzfl.attacks.attacks")
+    for name in [m for m in sys.modules if m.split(".")[0] == "byzfl"]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("seed", range(3))
