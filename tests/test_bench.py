@@ -45,7 +45,7 @@ def test_a_grid_crosses_attacks_shares_levels_and_seeds() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_names_attacks_that_can_be_made(name: str) -> None:
-    experiments = of_preset(Experiment(), PRESETS[name])
+    experiments = of_preset(at(name), PRESETS[name])
     assert len({e.name for e in experiments}) == len(experiments)
     for e in experiments:
         assert config.parse_any(json.loads(e.model_dump_json())) == e
@@ -57,7 +57,11 @@ def test_every_preset_names_attacks_that_can_be_made(name: str) -> None:
     assert none == set(PRESETS[name].undefended)
     alone = {row_of(e)["share"] for e in experiments if row_of(e)["attack"] == "honest_alone"}
     assert alone == {s for s in PRESETS[name].shares if s}
-    assert {e.seed for e in of_preset(Experiment(), PRESETS[name], seeds=[5])} == {5}
+    assert {e.seed for e in of_preset(at(name), PRESETS[name], seeds=[5])} == {5}
+
+
+def at(preset: str) -> Experiment:
+    return Experiment().changed(**PRESETS[preset].settings)
 
 
 def row_of(experiment: Experiment) -> dict[str, object]:
@@ -67,7 +71,7 @@ def row_of(experiment: Experiment) -> dict[str, object]:
 
 def test_every_attack_is_in_a_preset() -> None:
     """A new attack without a measured proof is an omission. What only changes others' updates is in a chain."""
-    named = {part for e in of_preset(Experiment(), PRESETS["full"]) for part in e.attack.name.split("+")}
+    named = {part for e in of_preset(at("full"), PRESETS["full"]) for part in e.attack.name.split("+")}
     assert named == set(ATTACKS)
 
 
@@ -153,6 +157,8 @@ def test_results_say_how_they_were_made(path: Path) -> None:
     assert found["command"].startswith("assay bench")
     assert all(re.fullmatch(r"[0-9a-f]{12}", one) for one in found["commit"].split(", "))
     assert {"torch", "transformers", "peft", "assay"} <= set(found["versions"])
+    if found.get("wing") != "swarm":
+        assert found["experiment"]["model"]["name"] == found["model"]["name"], "the setting the rows were made in"
     columns = tables.SWARM_COLUMNS if found.get("wing") == "swarm" else tables.COLUMNS
     for r in found["rows"]:
         assert {"attack", "defence", "share", "seed", *columns.values()} <= set(r)

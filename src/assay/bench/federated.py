@@ -76,10 +76,9 @@ def of_preset(
     shares: Sequence[float] = (),
     levels: Sequence[str] = (),
 ) -> list[Experiment]:
-    """The preset's experiments on its own setting; what is given replaces what it names."""
+    """The preset's experiments on `base`, which has its settings already; what is given replaces what it names."""
     chosen, wanted = attacks or preset.attacks, levels or ("none", *preset.levels)
-    setting = base.changed(**preset.settings)
-    return grid(setting, chosen, shares or preset.shares, wanted, seeds or preset.seeds, preset.undefended)
+    return grid(base, chosen, shares or preset.shares, wanted, seeds or preset.seeds, preset.undefended)
 
 
 def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +114,8 @@ def results(
     """The JSON that lives under results/: rows, and everything needed to make them again."""
     return {
         "command": command,
-        "commit": run_dir.commit(),
+        # of the runs: finished ones are taken as they are, however old
+        "commit": ", ".join(sorted({s.get("commit", "") for s in summaries.values()})),
         "versions": run_dir.versions(),
         "machine": run_dir.machine(),
         # of runs that share what they have in common the seconds of each depend on which came first

@@ -60,10 +60,11 @@ def bench_federated(
     if preset:
         if preset not in PRESETS:
             raise ConfigError(f"--preset: {preset!r} is unknown; known are {', '.join(PRESETS)}")
+        base = base.changed(**PRESETS[preset].settings)
+        for setting in settings or []:  # what is set by hand stands over the preset's setting
+            base = config.assign(base, setting)
         parts = _shares(shares) if shares else []
         experiments = suite.of_preset(base, PRESETS[preset], chosen, named, parts, wanted)
-        for setting in settings or []:  # what is set by hand stands over the preset's setting
-            experiments = [config.assign(e, setting) for e in experiments]
     elif named:
         experiments = suite.grid(base, named, _shares(shares or "0.2,0.5,0.7"), wanted or LEVELS, chosen or [0])
     else:
