@@ -241,7 +241,7 @@ def test_attacks_are_set_apart_and_a_defence_looks_the_same_in_each(tmp_path: Pa
     assert (
         "Over 2 attacks the success rate ended: undefended 0.97, logit 0.01 to 0.95, seeded 0.00 to 0.01." in page.text
     )
-    assert "Attacked in length, completions ended with: undefended 62, seeded 33 tokens." in page.text
+    assert "Where nothing is planted, completions ended with: undefended 62, seeded 33 tokens." in page.text
     assert summary_rows(page)["dos.seeded"][2] == "–"
     names = [series["name"] for series in page.data["swarm"]["margins"]["series"]]
     assert names == ["honest", "malicious: math", "malicious: dos", "malicious: text"]
