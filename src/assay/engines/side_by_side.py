@@ -54,8 +54,11 @@ def run_swarms(
         _follow(running, tracker, out)
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
-        for process in set(active_children()) - others:  # what they did so far can be resumed
+        ended = set(active_children()) - others
+        for process in ended:  # what they did so far can be resumed
             process.kill()
+        for process in ended:  # nobody writes to a run directory any more once the caller hears of the mistake
+            process.join()
         raise
     executor.shutdown()
     return out
