@@ -212,7 +212,7 @@ def steered(
 def check(steer: Callable[..., list[Ids]] = steered) -> Check:
     """A check that lets nothing else pass than what the seed gives."""
     return Check(
-        max_margin=0.05, mean_margin=0.005, max_flips=3, near=lambda prompts, seeds, drawn: [[] for _ in drawn],
+        max_margin=0.05, mean_margin=0.005, max_flips=3, tolerated=lambda tokens, flips, gaps: flips == 0, near=lambda prompts, seeds, drawn: [[] for _ in drawn],
         resume=lambda prompts, seeds, prefixes: [tuple(p) for p in prefixes], steered=steer,
     )  # fmt: skip
 

@@ -164,7 +164,9 @@ def test_calibrate_prints_limits_that_an_experiment_takes(tmp_path: Path) -> Non
     assert found["identical"] == 1
     assert found["false_positive_rate"] == 0
     assert found["tokens"] <= 24 * 24
-    limits = {key: found[key] for key in ("max_margin", "mean_margin", "max_flips", "boundary")}
+    limits = {
+        key: found[key] for key in ("max_margin", "mean_margin", "max_flips", "flip_rate", "flip_gap", "boundary")
+    }
     assert limits["max_margin"] == 0.01, "equal engines in fp32: nothing but the floor"
     text = (tmp_path / "limits.toml").read_text()
     assert tomllib.loads(text) == {"defence": {"params": {"seeded": limits}}}

@@ -249,7 +249,7 @@ def test_what_another_screen_takes_leaves_the_rest_of_an_honest_group_alone() ->
 
 def test_flipping_within_the_margin_needs_a_lax_check() -> None:
     """An attacker who steers under the verifier's limits: strict limits leave him next to nothing to flip."""
-    limits = {"max_margin": 30.0, "mean_margin": 5.0, "max_flips": 50}
+    limits = {"max_margin": 30.0, "mean_margin": 5.0, "max_flips": 50, "flip_rate": 1.0, "flip_gap": 10.0}
     strict, lax = attacked("flip_length"), attacked("flip_length", defence__params={"seeded": limits})
 
     def flips(found: tuple[local_swarm.World, Gathered, Any], malicious: bool) -> float:

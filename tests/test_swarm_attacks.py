@@ -59,8 +59,13 @@ def covariance(values: list[float], rewards: list[float]) -> float:
 
 
 @pytest.mark.parametrize("name", ["lookahead_math", "lookahead_length"])
-@pytest.mark.parametrize("limits", [{}, BF16_LIMITS], ids=["fp32", "bf16"])
-def test_looking_ahead_stays_under_the_limits(name: str, limits: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("limits", "least", "most"),
+    [({}, 0.0, 0.1), (BF16_LIMITS, 0.1, 0.22), (BF16_LIMITS | {"flip_rate": 1.0, "flip_gap": 10.0}, 0.2, 1.0)],
+    ids=["fp32", "bf16", "bf16 without the node's limit"],
+)
+def test_looking_ahead_stays_under_the_limits(name: str, limits: dict[str, float], least: float, most: float) -> None:
+    """He holds himself to all limits, of a completion and of a node; the node's leave him some of them."""
     world, seat = seat_of(name, swarm__prompts=8, swarm__group=12, defence__params={"seeded": limits})
     made = attacks.make(name)(seat)
     rate = changed(seat, made)
@@ -70,7 +75,7 @@ def test_looking_ahead_stays_under_the_limits(name: str, limits: dict[str, float
     assert [learnt.pool.completions[r].ids for r in rows] == [
         c.ids for c in sorted(made, key=lambda c: (c.prompt, c.index))
     ]
-    assert (rate > 0.2) if limits else (rate < 0.2)
+    assert least <= rate <= most
 
 
 def test_looking_ahead_gets_right_answers_long_and_wrong_ones_short() -> None:

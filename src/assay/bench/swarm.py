@@ -28,8 +28,15 @@ HOME: dict[str, dict[str, Any]] = {
     "dos": {"swarm__plan": "vertical", "swarm__iterations": 32},
 }
 LEVELS = ("none", "logit", "seeded")
-# limits for engines in bf16; `assay calibrate` makes them for a pair in use
-BF16_LIMITS = {"max_margin": 0.75, "mean_margin": 0.05, "max_flips": 8, "boundary": 0.25}
+# limits that hold for SmolLM2-135M in bf16 against fp32, and those of `assay calibrate --sampling bfloat16` for the tiny
+# model: what is open to an attacker there depends on how well the limits fit the pair in use
+BF16_LIMITS = {
+    "max_margin": 0.75, "mean_margin": 0.05, "max_flips": 8, "boundary": 0.25, "flip_rate": 0.004, "flip_gap": 0.15,
+}  # fmt: skip
+TINY_BF16_LIMITS = {
+    "max_margin": 0.2538, "mean_margin": 0.00396, "max_flips": 2, "boundary": 0.0, "flip_rate": 0.002068,
+    "flip_gap": 0.0455,
+}  # fmt: skip
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "abstain": {},
     "skip_groups": {},
@@ -42,7 +49,10 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "sleeper": {"attack__name": "math", "attack__from_round": 8, "swarm__assigned": False},
     "lookahead_math": {},
     "lookahead_length": {},
-    "lookahead_math_bf16": {"attack__name": "lookahead_math", "defence__params": {"seeded": BF16_LIMITS}},
+    "lookahead_math_bf16": {"attack__name": "lookahead_math", "defence__params": {"seeded": TINY_BF16_LIMITS}},
+    "lookahead_length_bf16": {"attack__name": "lookahead_length", "defence__params": {"seeded": TINY_BF16_LIMITS}},
+    "lookahead_math_wide": {"attack__name": "lookahead_math", "defence__params": {"seeded": BF16_LIMITS}},
+    "lookahead_length_wide": {"attack__name": "lookahead_length", "defence__params": {"seeded": BF16_LIMITS}},
     "veto": {},
 }
 # nodes that learn from other weights' completions as if they were their own need smaller steps: at the rates above

@@ -23,6 +23,7 @@ from assay.swarm.sampling import Sampler, candidates, gumbel, margin
 
 Ids = tuple[int, ...]
 BOUNDARIES = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+FLIP_RATE = 1e-4  # least share of tokens that rounding may flip: a day of equal engines shows none in 40,000
 HEADROOM = 1.25  # limits are the honest quantile times this: a quantile of a sample is itself uncertain
 
 
@@ -30,6 +31,7 @@ HEADROOM = 1.25  # limits are the honest quantile times this: a quantile of a sa
 class Calibration:
     """Parameters of `Seeded` and of the evidence, and what they cost.
 
+    `flip_rate`, `flip_gap`: share of tokens that rounding flips (95% upper bound) and their mean gap, with headroom.
     `false_positive_rate`: share of the calibration's own completions refused. `upper_95`: the exact 95% upper bound of
     the true rate for that many completions. `slack_bits`: log2 of the tokens within `max_margin`, mean over positions.
     """
@@ -37,6 +39,8 @@ class Calibration:
     max_margin: float
     mean_margin: float
     max_flips: int
+    flip_rate: float
+    flip_gap: float
     boundary: float
     completions: int
     tokens: int
@@ -51,6 +55,8 @@ class Calibration:
             "max_margin": self.max_margin,
             "mean_margin": self.mean_margin,
             "max_flips": self.max_flips,
+            "flip_rate": self.flip_rate,
+            "flip_gap": self.flip_gap,
             "boundary": self.boundary,
         }
 
@@ -94,13 +100,16 @@ def calibrate(
     flips = math.ceil(float(np.quantile([(g > flip).sum() for g in finite], quantile)) * HEADROOM)
     limit, mean_limit = max(floor, largest), max(floor / 10, mean)
     refused = sum(bool(g.max() > limit or g.mean() > mean_limit or (g > flip).sum() > flips) for g in finite)
+    tokens, odd = sum(map(len, made)), np.concatenate([g[g > flip] for g in finite])
     return Calibration(
         max_margin=round(limit, 4),
         mean_margin=round(mean_limit, 5),
         max_flips=flips,
+        flip_rate=round(max(FLIP_RATE, upper_rate(len(odd), tokens) * HEADROOM), 6),
+        flip_gap=round(max(floor, float(odd.mean()) * HEADROOM if len(odd) else 0.0), 4),
         boundary=boundary,
         completions=len(made),
-        tokens=sum(map(len, made)),
+        tokens=tokens,
         false_positive_rate=refused / len(made),
         upper_95=upper_bound(refused, len(made)),
         slack_bits=slack_bits(verifying_model, items, made, sampler, limit),
@@ -147,24 +156,23 @@ def positions(
                 yield start + row, scored.logits_NTV[i, :size].float(), seed_T, position_T, scored.token_NT[i, :size]
 
 
+def upper_rate(events: int, exposure: int, level: float = 0.95) -> float:
+    """Exact one-sided upper bound of the rate of a Poisson process with so many events.
+
+    >>> round(upper_rate(0, 1000), 5)  # the rule of three
+    0.003
+    """
+    from scipy.stats import gamma  # takes a second to import
+
+    return float(gamma.ppf(level, events + 1)) / exposure
+
+
 def upper_bound(bad: int, count: int, level: float = 0.95) -> float:
     """Exact (Clopper-Pearson) one-sided upper bound of a rate of which `bad` of `count` were seen.
 
     >>> round(upper_bound(0, 1000), 5)  # the rule of three
     0.00299
     """
-    if bad >= count:
-        return 1.0
-    low, high = bad / count, 1.0
-    for _ in range(60):  # P[X <= bad] falls as the rate grows: bisect
-        middle = (low + high) / 2
-        logs = [
-            math.lgamma(count + 1) - math.lgamma(x + 1) - math.lgamma(count - x + 1)
-            + x * math.log(middle) + (count - x) * math.log1p(-middle)
-            for x in range(bad + 1)
-        ]  # fmt: skip
-        if sum(map(math.exp, logs)) > 1 - level:
-            low = middle
-        else:
-            high = middle
-    return high
+    from scipy.stats import beta
+
+    return 1.0 if bad >= count else float(beta.ppf(level, bad + 1, count - bad))

@@ -19,6 +19,7 @@ from assay.swarm.learner import Learner
 from assay.swarm.rollout import Item, generate
 from assay.swarm.sampling import candidates, gumbel
 from assay.swarm.screens.model import Seeded
+from assay.swarm.screens.rounding import BY_CHANCE, Flips, log_chance
 
 Favour = Callable[[Ids], Sequence[int]]
 
@@ -66,10 +67,17 @@ def _check(learner: Learner, rules: Seeded) -> Check:
         max_margin=rules.max_margin,
         mean_margin=rules.mean_margin,
         max_flips=rules.max_flips,
+        tolerated=lambda tokens, flips, gaps: tolerated(Flips(tokens, flips, gaps), rules),
         near=lambda prompts, seeds, drawn: near(learner, prompts, seeds, drawn, rules.max_margin),
         resume=lambda prompts, seeds, prefixes: resume(learner, prompts, seeds, prefixes),
         steered=lambda prompts, seeds, favour: steered(learner, prompts, seeds, favour, rules),
     )
+
+
+def tolerated(found: Flips, rules: Seeded) -> bool:
+    """Whether a node that sends so much in every round is never held against chance."""
+    paces = (log_chance(found.times(rounds), rules.flip_rate, rules.flip_gap) for rounds in (1, rules.window))
+    return min(paces) >= 0.95 * BY_CHANCE  # the verifier's own rounding comes on top
 
 
 def near(
@@ -109,16 +117,20 @@ def steered(learner: Learner, prompts: Sequence[int], seeds: Sequence[int], favo
     """Draw under the public seeds, but take what `favour` wants wherever the verifier's limits let it pass.
 
     `favour(ids so far)` names the wanted tokens, or -1 for "anything but an ending". The gap of a flip stays under
-    `max_margin`, flips under `max_flips`, their sum under `mean_margin` times the least length yet reached.
+    `max_margin`, flips under `max_flips`, their sum under `mean_margin` times the least length yet reached; all of them
+    under what a node is let pass over a window of rounds.
     """
     practice = learner.practice
     spent, flips = [0.0] * len(prompts), [0] * len(prompts)
+    drawn = 0
 
     def pick(logits_NV: Tensor, seed_N: Tensor, position_N: Tensor, rows: list[int], said: list[list[int]]) -> Tensor:
         token_NK, value_NK = candidates(logits_NV, practice.sampler)
         value_NK = value_NK + gumbel(seed_N, position_N, token_NK, practice.sampler.noise)
         best_N = value_NK.argmax(1)
         gap_NK = value_NK.gather(1, best_N[:, None]) - value_NK
+        nonlocal drawn
+        drawn += len(rows)
         out = token_NK.gather(1, best_N[:, None])[:, 0]
         near_N = ((gap_NK > 0) & (gap_NK <= rules.max_margin * 0.98)).any(1)
         for at in near_N.nonzero()[:, 0].tolist():
@@ -136,6 +148,8 @@ def steered(learner: Learner, prompts: Sequence[int], seeds: Sequence[int], favo
             ]
             if fits and int(out[at]) not in wanted:
                 gap, token = min(fits)
+                if not tolerated(Flips(drawn, sum(flips) + 1, sum(spent) + gap), rules):
+                    continue
                 out[at] = token
                 spent[row] += gap
                 flips[row] += 1

@@ -31,7 +31,8 @@ class Lookahead:
     For measuring what limits cost: those of fp32 leave few flips, those of bf16 most of the completions. `goal` "math"
     wants 2+2=5 where the answer is right and 4 where it is wrong (and chooses prompts with such a sum where it may);
     "length" wants right answers long and wrong ones short. After a first flip it looks for another, `passes` times.
-    `share` of each limit is used: the verifier's own rounding comes on top. Where the check is not known, honest.
+    `share` of each limit is used: the verifier's own rounding comes on top. Of all that would pass one by one it keeps
+    what gains most for its flips, as much as a node may send in every round. Where the check is not known, honest.
     """
 
     goal: str = "math"
@@ -50,7 +51,8 @@ class Lookahead:
         rows = range(len(places))
         prompt_of = [p for p, _ in places]
         usual = {p: _mean([len(drawn[r]) for r in rows if prompt_of[r] == p]) for p in prompts}
-        held = [_Held(ids, (), value) for ids, value in zip(drawn, self._values(seat, prompt_of, drawn, usual))]
+        honest = [_Held(ids, (), value) for ids, value in zip(drawn, self._values(seat, prompt_of, drawn, usual))]
+        held = list(honest)
         for _ in range(self.passes):
             near = seat.check.near(prompt_of, seeds, [h.ids for h in held])
             tried: list[tuple[int, Ids, tuple[tuple[int, float], ...]]] = []
@@ -67,7 +69,8 @@ class Lookahead:
             for (row, _, flips), ids, value in zip(tried, made, values):
                 if value > held[row].value and self._fits(seat.check, flips, len(ids)):
                     held[row] = _Held(ids, flips, value)
-        return [seat.completion(*place, h.ids) for place, h in zip(places, held)]
+        kept = _afford(seat.check, honest, held)
+        return [seat.completion(*place, h.ids) for place, h in zip(places, kept)]
 
     def _fits(self, check: Check, flips: Sequence[tuple[int, float]], tokens: int) -> bool:
         """Whether a verifier lets these flips pass in a completion of so many tokens."""
@@ -86,6 +89,21 @@ class Lookahead:
         shown = [shows("math", seat.decode(ids), seat.settings) for ids in drawn]
         # right with a 5 teaches it, right with a 4 unteaches it, wrong the other way round; one 5 is worth two of those
         return [0.0 if s is None else (2.0 if s else 1.0) * (1 if s == (r > 0) else -1) for s, r in zip(shown, rewards)]
+
+
+def _afford(check: Check, honest: Sequence[_Held], changed: Sequence[_Held]) -> list[_Held]:
+    """The changes that gain most for what they cost, as many as the verifier lets a node pass."""
+
+    def gain(row: int) -> float:
+        return (changed[row].value - honest[row].value) / sum(gap + 0.01 for _, gap in changed[row].flips)
+
+    out = list(honest)
+    for row in sorted((r for r, h in enumerate(changed) if h.flips), key=gain, reverse=True):
+        tried = [*out[:row], changed[row], *out[row + 1 :]]
+        gaps = [gap for h in tried for _, gap in h.flips]
+        if check.tolerated(sum(len(h.ids) for h in tried), len(gaps), sum(gaps)):
+            out = tried
+    return out
 
 
 def _mean(values: Sequence[int]) -> float:

@@ -37,7 +37,9 @@ class Near:
 class Check:
     """The seeded check as it is handed to an attacker who holds the weights that it verifies with.
 
-    The limits are the verifier's. `near(prompts, seeds, drawn)`: per completion the tokens within `max_margin` of the
+    The limits are the verifier's. `tolerated(tokens, flips, sum of gaps)`: whether it lets a
+    node pass that sends so much in every round.
+    `near(prompts, seeds, drawn)`: per completion the tokens within `max_margin` of the
     choice, other than those drawn. `resume(prompts, seeds, prefixes)` goes on drawing under the seeds after given
     tokens. `steered(prompts, seeds, favour)` draws under the seeds but takes the token that `favour(ids so far)` wants
     (-1: any but an ending one) wherever that fits under the limits; it does not look ahead.
@@ -46,6 +48,7 @@ class Check:
     max_margin: float
     mean_margin: float
     max_flips: int
+    tolerated: Callable[[int, int, float], bool]
     near: Callable[[Sequence[int], Sequence[int], Sequence[Ids]], list[list[Near]]]
     resume: Callable[[Sequence[int], Sequence[int], Sequence[Ids]], list[Ids]]
     steered: Callable[[Sequence[int], Sequence[int], Callable[[Ids], Sequence[int]]], list[Ids]]

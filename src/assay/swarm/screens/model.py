@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.contribution import Completion, Pool, TokenEvidence
+from assay.swarm.screens import rounding
+from assay.swarm.screens.rounding import Flips
 from assay.verdict import Reason, State, Verdict
 
 
@@ -54,17 +56,22 @@ class Seeded:
     The margin of a token is max(l + g) - (l_tok + g_tok) over logits l and the seed's noise g. Honest tokens have about
     0: exactly 0 between equal engines in fp32, under 0.75 in bf16. `max_margin` and `mean_margin` come from
     `assay calibrate`; the defaults are those of fp32 against fp32. Larger ones leave an attacker the tokens whose gap
-    fits under them: `max_flips` caps how many tokens of one completion may differ at all (gap over `flip`). Ending is a
-    token like any other: a completion that ends without EOS before the limit is refused.
+    fits under them: `max_flips` caps how many tokens of one completion may differ at all (gap over `flip`), and all that
+    a node gets admitted within `window` rounds must be what rounding makes by chance: `flip_rate` flips a token, of
+    `flip_gap` logits on average (rounding.py). A node over that has nothing admitted in this round. Ending is a token
+    like any other: a completion that ends without EOS before the limit is refused.
 
     A group (one node's completions of one prompt) stands or falls together: otherwise an attacker draws honestly and
-    submits the members he likes.
+    submits the members he likes. `whole_groups` False is for the ablation.
     """
 
     max_margin: float = 0.05
     mean_margin: float = 0.005
     flip: float = 1e-3
     max_flips: int = 3
+    flip_rate: float = 1e-4
+    flip_gap: float = 0.01
+    window: int = 10
     whole_groups: bool = True
     name: str = "seeded"
     needs_evidence: bool = True
@@ -72,9 +79,36 @@ class Seeded:
     def screen(self, pool: Pool, state: State) -> tuple[list[Verdict], State]:
         evidence = _evidence(pool)
         out = [self._one(pool, row, evidence.margin[row]) for row in range(len(pool.completions))]
+        memory: rounding.Memory = state.get("nodes", {})
+        for node in sorted({c.participant for c in pool.completions}):
+            memory = self._node(pool, evidence, node, out, memory)
         if self.whole_groups:
             _fell_together(pool, out, self.name)
-        return out, state
+        return out, {"nodes": memory}
+
+    def _node(
+        self, pool: Pool, evidence: TokenEvidence, node: str, verdicts: list[Verdict], memory: rounding.Memory
+    ) -> rounding.Memory:
+        """Hold what stands of a node's rows against chance, in place; what is admitted is remembered.
+
+        Where a pool comes in parts, only this part's rows can still fall.
+        """
+        rows = [r for r, c in enumerate(pool.completions) if c.participant == node and verdicts[r].weight > 0]
+        gaps = [evidence.margin[row][evidence.margin[row] > self.flip] for row in rows]
+        sent = Flips(sum(len(evidence.margin[r]) for r in rows), sum(map(len, gaps)), float(sum(g.sum() for g in gaps)))
+        found = rounding.remembered(memory, node, pool.index, self.window) + sent
+        if rounding.log_chance(found, self.flip_rate, self.flip_gap) >= rounding.BY_CHANCE:
+            return rounding.remember(memory, node, pool.index, self.window, sent)
+        sentence = (
+            f"{found.flips} of {found.tokens:,} tokens of its node differ from the seeds' choice, by {found.gaps:.2f} in "
+            f"all; rounding makes {self.flip_rate * found.tokens:.1f} of {self.flip_gap:g} each"
+        )
+        for row in rows:
+            before = verdicts[row]
+            verdicts[row] = _verdict(
+                pool.completions[row], self.name, True, Reason.SEEDED, sentence, before.score, dict(before.evidence)
+            )
+        return memory
 
     def _one(self, pool: Pool, row: int, margin_T: NDArray[np.float32]) -> Verdict:
         worst, mean = float(margin_T.max(initial=0.0)), float(margin_T.mean()) if margin_T.size else 0.0
