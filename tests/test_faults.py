@@ -372,9 +372,7 @@ def test_fault_6_the_probe_never_sees_a_row_that_a_client_trains_on() -> None:
     compute = Rows()
     settings = LocalSettings(steps=1, batch_size=8, max_length=48, lr=1e-3)
     collect.collect(compute, tensors(), sources, experiment, settings)  # type: ignore[arg-type]
-    rehearsed = {
-        f"{r.instruction}\n{r.response}" for r_ in range(1, 7) for a in cast(experiment, sources, r_) for r in a.rows
-    }
+    rehearsed = {f"{r.instruction}\n{r.response}" for a in cast(experiment, sources) for r in a.rows}
     held = {f"{r.instruction}\n{r.response}" for r in data.part(sources.benign, "heldout")}
     assert len(compute.seen) > 100
     assert len(clients) > 100

@@ -194,7 +194,7 @@ def test_strangers_hold_nothing_the_server_has_seen() -> None:
     refusals, safe = canary_rows(experiment, sources)
     seen = {*rows_for(sources.benign, sources.refusals, WarmupSettings()), *refusals, *safe}
     seen |= {row for rows in operator_rows(sources) for row in rows}
-    seen |= {row for round in range(1, 7) for actor in cast(experiment, sources, round) for row in actor.rows}
+    seen |= {row for actor in cast(experiment, sources) for row in actor.rows}
     assert not own & seen
     assert not {row.style for row in own} & {row.style for row in seen}
 
@@ -295,13 +295,13 @@ def test_rehearsal_and_canary_use_rows_that_the_warm_up_has_not_learnt_by_heart(
     experiment, sources, clients = made()
     known = {r.instruction for r in rows_for(sources.benign, sources.refusals, settings_of(experiment))}
     secret = {r.instruction for rows in canary_rows(experiment, sources) for r in rows}
-    played = {r.instruction for a in cast(experiment, sources, 1) if not a.malicious for r in a.rows}
+    played = {r.instruction for a in cast(experiment, sources) if not a.malicious for r in a.rows}
     assert known
     assert not known & (secret | played)
     assert not secret & played
     assert not (secret | played) & {r.instruction for c in clients for r in c.clean}
     plain = experiment.changed(model__align=False)
-    assert known & {r.instruction for a in cast(plain, sources, 1) for r in a.rows}, "no warm-up, nothing is known"
+    assert known & {r.instruction for a in cast(plain, sources) for r in a.rows}, "no warm-up, nothing is known"
 
 
 def test_as_many_rounds_are_rehearsed_as_the_run_has_within_limits() -> None:

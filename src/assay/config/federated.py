@@ -148,6 +148,9 @@ class RehearsalConfig(Frozen):
     rounds: Count | None = None
     """None: as many as the run has, at least 6 and at most 10. Later rounds are held to the limits of the last rehearsed one."""
     malicious: Count = 3
+    honest: Count = 3
+    """Clients whose mean moves the rehearsed adapter: the fewest honest ones that the limits shall hold for. Few drift
+    farther from the start than many: limits for many refused up to a fifth of the few left (tiny, 70% malicious)."""
     examples: Count = 60
     margin: Annotated[float, Field(ge=0.0)] = 0.25
     """Threshold = benign max + margin x (benign max - benign median)."""

@@ -26,7 +26,7 @@ from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse, rounds_o
 from assay.federated.warmup import Aligned, aligned, places, rows_for, settings_of
 from assay.progress import Tracker
 
-RECIPE = 4  # raise when collect, rehearsal or features change: part of every cache key
+RECIPE = 5  # raise when collect, rehearsal or features change: part of every cache key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

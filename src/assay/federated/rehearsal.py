@@ -1,8 +1,9 @@
 """Rehearsal: before training the server plays honest rounds on its own rows and reads every threshold off them.
 
-A round has honest clients of each style the server's data has (plus mixed ones) and a few malicious ones; the adapter
-moves on with the mean of the honest updates only, by the run's own server optimiser, and clients train with the run's
-own terms (FedProx, SCAFFOLD). What is kept: the labelled directions of every round (the bank of `probe` and
+A round has honest clients of each style the server's data has (plus mixed ones) and a few malicious ones, who train on
+the same rows in every round as live ones do (what they learn by heart costs other rows); the adapter moves on with the
+mean of a few honest updates only, by the run's own server optimiser, and clients train with the run's own terms
+(FedProx, SCAFFOLD). What is kept: the labelled directions of every round (the bank of `probe` and
 `neighbours`; several rounds cure drift), how far honest clients may come in each round and the honest canary rises. A threshold is benign
 max + margin x (max - median), where a style is scored by a probe and a bank that have never seen it: live clients are
 strangers. No malicious quantile and no statistic of a live round enters, so attackers cannot move one.
@@ -157,15 +158,15 @@ def rounds_of(experiment: Experiment) -> int:
     return experiment.defence.rehearsal.rounds or min(max(experiment.training.rounds, LEAST_ROUNDS), MOST_ROUNDS)
 
 
-def cast(experiment: Experiment, sources: Sources, round: int) -> list[Actor]:
-    """The actors of a rehearsal round: one honest client per style, three mixed ones, a few malicious ones."""
+def cast(experiment: Experiment, sources: Sources) -> list[Actor]:
+    """The actors of the rehearsal: one honest client per style, three mixed ones, a few malicious ones."""
     config = experiment.defence.rehearsal
     benign, refusals, malicious = operator_rows(sources)
     benign = _fresh(experiment, benign, sources, 2 * config.examples)
     refusals = _fresh(experiment, refusals, sources, config.examples)
     secret = {row.instruction for rows in canary_rows(experiment, sources) for row in rows}
     benign, refusals, malicious = (
-        data.shuffled([r for r in rows if r.instruction not in secret], seed_of(experiment.seed, "cast", round))
+        data.shuffled([r for r in rows if r.instruction not in secret], seed_of(experiment.seed, "cast"))
         for rows in (benign, refusals, malicious)
     )
     if min(len(benign), len(malicious)) < experiment.training.batch_size or not refusals:
@@ -207,9 +208,11 @@ def rehearse(
     opt, average = server_opt.of(experiment.server), aggregators.make("mean")
     opt_state, controls = opt.init(flatten(initial)), dict[str, NDArray[np.float32]]()
     bank, actors_M, norms, rises = [], [], [], []
+    actors = cast(experiment, sources)
+    honest_N = np.array([not a.malicious for a in actors])
+    left_N = _left(honest_N, config.honest, experiment.seed)
     for round in range(1, rounds_of(experiment) + 1):
         settings = settings_of_round[min(round, len(settings_of_round)) - 1]
-        actors = cast(experiment, sources, round)
         jobs = [
             TrainJob(
                 adapter,
@@ -223,18 +226,25 @@ def rehearse(
         start, *after = measure([adapter, *made])
         base_D = flatten(adapter)
         delta_ND = np.stack([flatten(t) for t in made]) - base_D
-        honest_N = np.array([not a.malicious for a in actors])
         norms.append(_reach(compute, jobs, delta_ND, honest_N, base_D, experiment, tick))
         bank.append(unit_rows(feature_deltas(made, adapter, "all_b")).astype(np.float16))
         actors_M += actors
         rises += [Rise.of(losses, start, anchor) for losses in after]
-        if experiment.training.scaffold:  # as if every malicious one had been refused
+        if experiment.training.scaffold:  # as if all but those left had been refused
             names, rule = [str(a.slot) for a in actors], scaffold.Rule.of(settings)
-            controls = scaffold.update(controls, names, delta_ND, honest_N.astype(np.float64), rule, average)
-        params_D, opt_state = opt.update(delta_ND[honest_N].mean(axis=0), opt_state, base_D)
+            controls = scaffold.update(controls, names, delta_ND, left_N.astype(np.float64), rule, average)
+        params_D, opt_state = opt.update(delta_ND[left_N].mean(axis=0), opt_state, base_D)
         adapter = unflatten(params_D, adapter)
     lrs = [settings_of_round[min(r, len(settings_of_round) - 1)].lr for r in range(rounds_of(experiment))]
     return _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
+
+
+def _left(honest_N: NDArray[np.bool_], count: int, seed: int) -> NDArray[np.bool_]:
+    """The honest actors whose mean moves the adapter: few drift farther than many, and attackers may leave but few."""
+    chosen = np.random.default_rng(seed_of(seed, "left")).permutation(np.flatnonzero(honest_N))[:count]
+    out_N = np.zeros_like(honest_N)
+    out_N[chosen] = True
+    return out_N
 
 
 def _reach(
