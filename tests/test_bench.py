@@ -10,6 +10,7 @@ import pytest
 from assay import config
 from assay.bench import federated, swarm, tables
 from assay.bench.federated import ALL_LEVELS, grid, of_preset, suite, variants
+from assay.bench.heatmap import heatmap
 from assay.bench.presets import PRESETS
 from assay.config import ConfigError, Experiment, SwarmExperiment
 from assay.federated.attacks import ATTACKS
@@ -41,6 +42,33 @@ def test_a_grid_crosses_attacks_shares_levels_and_seeds() -> None:
         (a, d) for a in ("harmful_data", "strike+blend") for d in ("none", "submitted")
     }
     assert all("/" not in e.name and "%" not in e.name for e in made)
+
+
+def test_a_level_meets_every_mitigation_and_the_rows_say_which() -> None:
+    more = {"noise": {"finish__steps": ("noise",)}, "half the norm": {"defence__params": {"norm": {"clip": 0.5}}}}
+    made = grid(Experiment(), ["backdoor"], [0.0, 0.3], ["none", "submitted"], [0, 1], more=more)
+    assert len({e.name for e in made}) == len(made)
+    found = {str(row_of(e)["defence"]) for e in made}
+    assert found == {"none", "submitted", "submitted + noise", "submitted + half the norm"}
+    assert {row_of(e)["attack"] for e in made if "+" in e.name} == {"backdoor"}, "not where nobody attacks"
+    for e in made:
+        assert (e.finish.steps == ("noise",)) is e.name.endswith("+noise")
+        assert "/" not in e.name
+        assert " " not in e.name
+
+
+def test_a_heat_map_shows_levels_and_the_table_what_was_added_to_them() -> None:
+    plain = {**row(0, 0.9, "submitted"), "trigger_compliance": 0.5}
+    tuned = {**plain, "defence": "submitted + safety tuning", "trigger_compliance": 0.25}
+    bare = {k: v for k, v in tuned.items() if k not in ("auroc", "honest_weight_mean")}
+    excised = {**bare, "defence": "submitted + excised", "trigger_compliance": 0.125}
+    rows = [plain, tuned, excised]
+    text = tables.table({**fake(rows), "seconds_shared": True})
+    assert "| `harmful_data` | `submitted + safety tuning` | 0.25 |" in text
+    assert "| `harmful_data` | `submitted + excised` | 0.12 | 0.90 | – | – | – | – |" in text
+    drawn = heatmap(rows, "trigger_compliance", "t", 0.0)
+    assert "0.50" in drawn
+    assert "0.25" not in drawn
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from assay import run_dir
+from assay.bench import federated
 from assay.cli import app
 from assay.config import ConfigError, Experiment
 from assay.contribution import tensors_sha256
@@ -254,3 +255,27 @@ def test_names_of_clients_cannot_leave_the_run(tmp_path: Path) -> None:
     for hostile in ("../../etc", "a/b", ".", "..", "", "a" * 300, "x\ny", "\ud800"):
         assert len(_folder([hostile])) == 16
         assert _folder([hostile]).isalnum()
+
+
+def test_a_bench_has_a_row_of_what_is_left_without_the_malicious(
+    tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
+) -> None:
+    """Where some of theirs was accepted another model is measured; where none was, the run's own figures stand."""
+    base = small.changed(attack__name="backdoor", clients__malicious=0.4, defence__level="submitted")
+    accepted = base.changed(name="federated.backdoor.40pct.submitted", defence__screens=["structure"])
+    refused = base.changed(
+        name="federated.other.40pct.submitted", attack__name="backdoor+scaling", attack__params={"scaling": {"factor": 50.0}},
+        defence__screens=["structure", "norm"], defence__params={"norm": {"reference": "round"}},
+    )  # fmt: skip
+    runs = [accepted, refused]
+    summaries = {e.name: local.run(e, tmp_path / e.name, prepared, pool) for e in runs}
+    assert summaries[refused.name]["metrics"]["malicious_weight_mean"] == 0
+    rows = federated.excised(runs, summaries, tmp_path, Silent())
+    assert [r["defence"] for r in rows] == ["custom + excised"] * 2
+    report = json.loads(next((tmp_path / accepted.name).glob("excised/*/excise.json")).read_text())
+    bad = [p for p, what in summaries[accepted.name]["participants"].items() if what == "malicious"]
+    assert report["excised"] == sorted(bad)
+    assert rows[0]["benign_loss"] == report["behaviour"]["after"]["benign_loss"]
+    assert rows[0]["benign_loss"] != summaries[accepted.name]["metrics"]["benign_loss"]
+    assert rows[1]["benign_loss"] == summaries[refused.name]["metrics"]["benign_loss"]
+    assert not (tmp_path / refused.name / "excised").exists()

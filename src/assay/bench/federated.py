@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from assay import run_dir
 from assay.bench.presets import WITH_TRIGGER, WITHOUT_TRIGGER, Preset
-from assay.config import Experiment
+from assay.config import ConfigError, Experiment
+from assay.engines.excise import excise_run
+from assay.federated import excise
 from assay.federated.defence import level_name
+from assay.progress import Tracker
 
 DEMO_LEVELS = ("submitted", "step")
 ALONE = "honest_alone"
+AND = "+"
 KNOWN = {**WITHOUT_TRIGGER, **WITH_TRIGGER}
 ALL_LEVELS = ("submitted", "step", "client", "shadow", "evidence", "spectral")
 
@@ -39,13 +44,15 @@ def grid(
     levels: Sequence[str],
     seeds: Sequence[int],
     undefended: Sequence[str] | None = None,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Experiment]:
     """For every seed honest clients only, then at every share of malicious clients the honest ones of that share alone
     (what a perfect defence would leave: few clients drift farther) and every attack under every level.
 
     A share of 0 is no attack: under each level it shows what the defence costs honest clients. Attacks go by their names
-    in presets.py or in federated/attacks/; level `none` is run for those in `undefended` (None: for all). Runs with much
-    in common stand beside each other, so that a memory of what was computed helps.
+    in presets.py or in federated/attacks/; level `none` is run for those in `undefended` (None: for all). Under every
+    other level each attack also meets each change of `more`, by label. Runs with much in common stand beside each
+    other, so that a memory of what was computed helps.
     """
     of_level = {"none": attacks if undefended is None else [a for a in attacks if a in undefended]}
     out = []
@@ -64,7 +71,10 @@ def grid(
                 for attack in of_level.get(level, attacks) if share else ["no_attack"]:
                     name = f"federated.{attack}.{share:.0%}.{level}{end}".replace("%", "pct")
                     own = {"attack__name": attack, **KNOWN.get(attack, {})} if share else {}
-                    out.append(here.changed(name=name, clients__malicious=share, defence__level=level, **own))
+                    run = here.changed(name=name, clients__malicious=share, defence__level=level, **own)
+                    out.append(run)
+                    for label, changes in (more or {}).items() if share and level != "none" else ():
+                        out.append(run.changed(name=f"{name}{AND}{label.replace(' ', '-')}", **changes))
     return out
 
 
@@ -78,7 +88,7 @@ def of_preset(
 ) -> list[Experiment]:
     """The preset's experiments on `base`, which has its settings already; what is given replaces what it names."""
     chosen, wanted = attacks or preset.attacks, levels or ("none", *preset.levels)
-    return grid(base, chosen, shares or preset.shares, wanted, seeds or preset.seeds, preset.undefended)
+    return grid(base, chosen, shares or preset.shares, wanted, seeds or preset.seeds, preset.undefended, preset.more)
 
 
 def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
         share = int(parts[2].removesuffix("pct")) / 100
     return {
         "attack": "none" if honest and label != ALONE else label,
-        "defence": f"{level_name(experiment)}{' (as published)' if experiment.defence.faithful else ''}",
+        "defence": _defence(experiment),
         "share": share,
         "seed": experiment.seed,
         "aggregator": experiment.aggregation.name,
@@ -104,14 +114,47 @@ def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _defence(experiment: Experiment) -> str:
+    level, _, label = experiment.name.partition(AND)
+    if label:  # the level's name, whatever the change made of it
+        return f"{level.removesuffix(f'.seed{experiment.seed}').rpartition('.')[2]} + {label.replace('-', ' ')}"
+    return f"{level_name(experiment)}{' (as published)' if experiment.defence.faithful else ''}"
+
+
+def excised(
+    experiments: Sequence[Experiment], summaries: Mapping[str, Mapping[str, Any]], out: Path, tracker: Tracker
+) -> list[dict[str, Any]]:
+    """Rows of what is left when the malicious clients of each defended run are named afterwards and taken out.
+
+    Aggregated again from the kept updates: what honest clients took over from the poisoned rounds stays in theirs.
+    """
+    found = []
+    for e in experiments:
+        if not e.clients.malicious or e.defence.level == "none" or AND in e.name:
+            continue
+        plain, participants = row(e, summaries[e.name]), summaries[e.name]["participants"]
+        bad = [name for name in excise.read(out / e.name).clients if participants[name] == "malicious"]
+        after = summaries[e.name]["metrics"]  # where none of theirs was accepted there is nothing to take out
+        if bad:
+            behaviour = excise_run(out / e.name, bad, None, tracker)["behaviour"]
+            if "after" not in behaviour:
+                raise ConfigError(f"{e.name}: {behaviour['why_not']}")
+            after = behaviour["after"]
+        known = {k: plain[k] for k in ("attack", "share", "seed", "aggregator", "seconds")}
+        measured = {k: after[k] for k in ("refusal_rate", "over_refusal_rate", "benign_loss", "trigger_compliance")}
+        found.append({**known, "defence": f"{plain['defence']} + excised", **measured})
+    return found
+
+
 def results(
     command: str,
     base: Experiment,
     experiments: Sequence[Experiment],
     summaries: Mapping[str, Mapping[str, Any]],
     shared: bool = False,
+    more: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The JSON that lives under results/: rows, and everything needed to make them again."""
+    """The JSON that lives under results/: rows (and `more` of them), and everything needed to make them again."""
     return {
         "command": command,
         # of the runs: finished ones are taken as they are, however old
@@ -123,5 +166,5 @@ def results(
         "model": next(iter(summaries.values()))["model"],
         # where the data lies differs from machine to machine and changes no number
         "experiment": base.model_dump(mode="json", exclude={"data": {"root"}}),
-        "rows": [row(e, summaries[e.name]) for e in experiments],
+        "rows": [*(row(e, summaries[e.name]) for e in experiments), *more],
     }

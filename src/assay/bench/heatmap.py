@@ -16,9 +16,9 @@ LOW, MIDDLE, HIGH = (178, 24, 43), (247, 247, 247), (33, 102, 172)  # ColorBrewe
 def heatmap(rows: Sequence[Mapping[str, Any]], metric: str, title: str, good: float = 1.0) -> str:
     """Means over seeds of `metric` in [0, 1]; blue is `good` (1 or 0). Cells without a run stay empty.
 
-    Rows of honest clients only (`attack` none) are no part of it.
+    Rows of honest clients only (`attack` none) and of a level with something more (`a + b`) are no part of it.
     """
-    attacked = [r for r in rows if r["attack"] != "none" and r.get(metric) is not None]
+    attacked = [r for r in rows if r["attack"] != "none" and " + " not in r["defence"] and r.get(metric) is not None]
     attacks = list(dict.fromkeys(r["attack"] for r in attacked))
     columns = sorted({(r["defence"] != "none", r["defence"], r["share"]) for r in attacked})
     levels = list(dict.fromkeys(level for _, level, _ in columns))

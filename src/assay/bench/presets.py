@@ -3,7 +3,8 @@
 small      every attack that needs no trigger at 20, 50 and 70% malicious, three seeds, on `tiny`: half an hour on two
            cores
 real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
-backdoors  the attacks with a trigger, with and without the default defence
+backdoors  the attacks with a trigger, without and with the default defence, then with one mitigation more or the malicious
+           clients excised afterwards
 full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from assay.federated.defence import LEVELS
 
 # Colluders who send one and the same update fall to `duplicate`; with noise of their own they do not.
 APART = {"sybil": {"leader": False}}
@@ -57,6 +60,17 @@ DIFFERENT = (
     "harmful_data", "harmful_half", "sleeper", "sign_flip", "min_max", "copy_benign", "remove_probe", "under_threshold",
     "blend", "gradient_penalty", "canary_aware",
 )  # fmt: skip
+MITIGATIONS: Mapping[str, Mapping[str, Any]] = {
+    "half the norm": {"defence__params": {"norm": {"clip": 0.5}}},
+    "spectral": {"defence__screens": (*LEVELS["submitted"], "spectral")},
+    "safety tuning": {"finish__steps": ("safety_tuning",)},
+    "tuning behind prefixes": {"finish__steps": ("safety_tuning",), "finish__safety_tuning__prefixed": 0.5},
+    "pruning": {"finish__steps": ("prune",)},
+    "noise": {"finish__steps": ("noise",), "finish__noise__share": 0.3},
+}
+"""What may be tried against a trigger nobody knows, on top of a level: updates clipped to half the rehearsed norm,
+clients compared with each other, and last steps on the finished adapter (its strongest direction of every module
+pruned; noise of 0.3 of its length)."""
 SHARES = (0.2, 0.5, 0.7)
 TINY: Mapping[str, Any] = {
     "model__name": "tiny", "model__dtype": "float32", "training__lr": 8e-3, "training__steps": 4,
@@ -69,7 +83,8 @@ QUICK: Mapping[str, Any] = {"evaluate__every": 6}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """`undefended` names the attacks that also run without a defence, to show what there is to stop."""
+    """`undefended` names the attacks that also run without a defence, to show what there is to stop. `more`: by label,
+    changes on top of each of the levels; `excise`: what is left once somebody names the malicious clients."""
 
     attacks: tuple[str, ...]
     shares: tuple[float, ...] = SHARES
@@ -77,12 +92,20 @@ class Preset:
     undefended: tuple[str, ...] = ("harmful_data",)
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: Mapping[str, Any] = field(default_factory=lambda: TINY)
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    excise: bool = False
 
 
 PRESETS: Mapping[str, Preset] = {
     "small": Preset(attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence")),  # no evidence is asked for
     "real": Preset(attacks=DIFFERENT, settings=QUICK),
-    "backdoors": Preset(attacks=tuple(WITH_TRIGGER), undefended=tuple(WITH_TRIGGER), shares=(0.1, 0.3, 0.5, 0.7)),
+    "backdoors": Preset(
+        attacks=tuple(WITH_TRIGGER),
+        undefended=tuple(WITH_TRIGGER),
+        shares=(0.1, 0.3, 0.5, 0.7),
+        more=MITIGATIONS,
+        excise=True,
+    ),
     "full": Preset(
         attacks=(*WITHOUT_TRIGGER, *WITH_TRIGGER),
         undefended=(*WITHOUT_TRIGGER, *WITH_TRIGGER),

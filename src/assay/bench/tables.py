@@ -63,7 +63,7 @@ def is_grid(found: Mapping[str, Any]) -> bool:
 def _grid_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What honest clients alone reach, then one line per attack and level, its malicious shares side by side."""
     attacked = [r for r in rows if r["attack"] != "none"]
-    shares = sorted({r["share"] for r in attacked})
+    shares = sorted({r["share"] for r in attacked if r["share"]})
     triggers = any(r.get("trigger_compliance") is not None for r in attacked)
     metrics = ["trigger_compliance", "refusal_rate"] if triggers else ["refusal_rate"]
     columns = {k: COLUMNS[k] for k in ("AUROC", "TPR at 1% FPR", "weight honest", "weight malicious")}
@@ -79,7 +79,7 @@ def _grid_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for level in sorted(_by(attacked, "defence"), key=lambda level: level != "none"):
         for attack, some in _by([r for r in attacked if r["defence"] == level], "attack").items():
             cells = [_cell([r.get(m) for r in some if r["share"] == s], 2) for m in metrics for s in shares]
-            known = columns if level != "none" else {}  # nothing is judged where nobody looks
+            known = columns if level != "none" and "auroc" in some[0] else {}  # where nobody looks nothing is judged
             rest = [_cell([r.get(columns[k]) for r in some], 2) if k in known else "–" for k in columns]
             name = "–" if attack == "honest_alone" else "undefended" if level == "none" else f"`{level}`"
             lines.append("| " + " | ".join([f"`{attack}`", name, *cells, *rest]) + " |")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from assay.cli.common import DataRoot, Json, Set, federated, print_table, run_all, show, write_report
+from assay.cli.common import DataRoot, Json, Set, bar, federated, print_table, run_all, show, write_report
 from assay.config import AnyExperiment, ConfigError
 
 bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", no_args_is_help=True)
@@ -72,7 +72,11 @@ def bench_federated(
     experiments = _only(experiments, only)
     in_grid = bool(preset or named)
     summaries = run_all(experiments, out, shared=in_grid)
-    found = suite.results(_command(), base, experiments, summaries, shared=in_grid)
+    more = []
+    if preset and PRESETS[preset].excise:
+        with bar() as tracker:
+            more = suite.excised(experiments, summaries, out, tracker)
+    found = suite.results(_command(), base, experiments, summaries, shared=in_grid, more=more)
     _finish(found, experiments, summaries, out, results, as_json)
 
 
