@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -467,6 +469,13 @@ def test_mistakes_of_the_operator_raise_at_once(make: Any, message: str) -> None
 
 def configured(arrays: ArrayRecord) -> list[Message]:
     return list(wrapped(flower.FedAvg()).configure_train(1, arrays, ConfigRecord(), InProcessGrid(clients())))
+
+
+def test_without_flower_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flwr.serverapp", None)
+    monkeypatch.delitem(sys.modules, "assay.engines.flower")
+    with pytest.raises(ConfigError, match=r"pip install 'assay\[flower\]'"):
+        importlib.import_module("assay.engines.flower")
 
 
 @pytest.mark.parametrize(("content", "message"), [

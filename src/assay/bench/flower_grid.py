@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 from flwr.app import Message, RecordDict
 from flwr.app.message.message import make_message
@@ -132,5 +132,7 @@ class InProcessGrid(Grid):
 
 def _copied(content: RecordDict) -> RecordDict:
     """What a node receives is its own: Flower's strategies send one record to all."""
-    made: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}
-    return RecordDict(made)
+    out = RecordDict()
+    for name, record in content.items():
+        out[name] = record.copy()
+    return out

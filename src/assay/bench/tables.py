@@ -60,10 +60,16 @@ def table(found: Mapping[str, Any]) -> str:
 def _hostile(found: Mapping[str, Any]) -> str:
     """Hostile replies to a Flower server: what stock FedAvg made of each, what Assay did."""
     rows = found["rows"]
-    lines = [f"{len(rows)} replies. " + ", ".join(
-        f"{who}: {', '.join(f'{n} {what}' for what, n in sorted(_tally(rows, key).items()))}"
-        for who, key in (("stock FedAvg", "stock"), ("Assay", "assay"))
-    ) + ".", "", "| reply | what the client sends | stock FedAvg | Assay | reason |", "|---" * 5 + "|"]  # fmt: skip
+    told = (
+        f"{who} " + ", ".join(f"{len(some)} {what}" for what, some in sorted(_by(rows, key).items()))
+        for who, key in (("Stock FedAvg:", "stock"), ("Assay:", "assay"))
+    )
+    lines = [
+        f"{len(rows)} replies. {'. '.join(told)}.",
+        "",
+        "| reply | what the client sends | stock FedAvg | Assay | reason |",
+    ]
+    lines.append("|---" * 5 + "|")
     for row in rows:
         stock, assay = (
             row[who] + (f": `{row[f'{who}_error']}`" if row[f"{who}_error"] else "") + ", waited" * row[f"{who}_waited"]
@@ -77,10 +83,6 @@ def _hostile(found: Mapping[str, Any]) -> str:
         f"`{found['command']}` · flwr {versions['flwr']}, numpy {versions['numpy']} · commit {found['commit']}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _tally(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
-    return {what: len(some) for what, some in _by(rows, key).items()}
 
 
 def is_grid(found: Mapping[str, Any]) -> bool:
