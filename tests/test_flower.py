@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
 import importlib
 import json
@@ -9,6 +10,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from flwr.serverapp.strategy import __all__ as stock_names
 from assay.bench.flower_grid import InProcessGrid
 from assay.config import ConfigError
 from assay.contribution import flatten, tensors_sha256, unflatten
-from assay.engines.flower import GuardedGrid, Screened
+from assay.engines.flower import GuardedGrid, Screened, acting, guard
+from assay.engines.flower import screened as screened_module
 from assay.engines.flower.acting import acting_of, drawn
 from assay.federated import aggregators
 from assay.federated.screens import Duplicate, Norm, Structure
@@ -77,6 +80,12 @@ def deltas(nodes: Iterable[int]) -> np.ndarray:
 def test_every_stock_strategy_is_in_these_tests() -> None:
     known = {type(make()).__name__ for make in STRATEGIES.values()} | {"FedXgbBagging", "FedXgbCyclic"}
     assert set(stock_names) - {"Result", "Strategy"} == known
+
+
+@pytest.mark.parametrize("module", [acting, guard, screened_module])
+def test_the_examples_in_the_docstrings(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module)
+    assert failed == 0 < tried
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -127,9 +127,9 @@ def drawn(weight: Mapping[int, float], seed: int, round: int) -> dict[int, bool]
     """Who takes part: each node with the probability of its relative weight, by a hash of secret, round and node.
 
     >>> drawn({1: 1.0, 2: 0.5, 3: 0.0}, seed=7, round=1)
-    {1: True, 2: True}
+    {1: True, 2: False}
     >>> sum(drawn({1: 1.0, 2: 0.25}, seed=7, round=r)[2] for r in range(1000))
-    255
+    223
     """
     return {node: _uniform(seed, round, node) < w for node, w in relative(weight).items()}
 
