@@ -72,6 +72,15 @@ def test_no_circular_imports() -> None:
         visit(module, ())
 
 
+def test_assay_works_without_flower() -> None:
+    for path in MODULES:
+        if re.search(r"^\s*(import|from) flwr\b", path.read_text(), re.MULTILINE):
+            assert name_of(path).startswith(("assay.engines.flower", "assay.bench.flower_"))
+    for path in MODULES:
+        if not name_of(path).startswith(("assay.engines.flower", "assay.bench.flower_")):
+            assert not {m for m in imports(path) if m.startswith(("assay.engines.flower", "assay.bench.flower_"))}
+
+
 def test_attacks_never_import_screens() -> None:
     for path in MODULES:
         if "attacks" in path.with_suffix("").parts:

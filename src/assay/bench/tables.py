@@ -41,6 +41,8 @@ SECTION = re.compile(r"<!-- results:([\w-]+) -->\n(.*?)<!-- /results:\1 -->", re
 
 def table(found: Mapping[str, Any]) -> str:
     """One Markdown table: rows grouped over seeds as mean (min-max), then the command, machine and commit."""
+    if found.get("wing") == "flower":
+        return _hostile(found)
     lines = (_swarm_lines if found.get("wing") == "swarm" else _grid_lines if is_grid(found) else _federated_lines)(
         found["rows"]
     )
@@ -51,6 +53,34 @@ def table(found: Mapping[str, Any]) -> str:
         f"`{found['command']}` · seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} · {model['name']} "
         f"({model['dtype']}) · {machine['cores']} cores of {machine['cpu']} · commit {found['commit']} · "
         f"torch {found['versions']['torch']}, transformers {found['versions']['transformers']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _hostile(found: Mapping[str, Any]) -> str:
+    """Hostile replies to a Flower server: what stock FedAvg made of each, what Assay did."""
+    rows = found["rows"]
+    told = (
+        f"{who} " + ", ".join(f"{len(some)} {what}" for what, some in sorted(_by(rows, key).items()))
+        for who, key in (("Stock FedAvg:", "stock"), ("Assay:", "assay"))
+    )
+    lines = [
+        f"{len(rows)} replies. {'. '.join(told)}.",
+        "",
+        "| reply | what the client sends | stock FedAvg | Assay | reason |",
+    ]
+    lines.append("|---" * 5 + "|")
+    for row in rows:
+        stock, assay = (
+            row[who] + (f": `{row[f'{who}_error']}`" if row[f"{who}_error"] else "") + ", waited" * row[f"{who}_waited"]
+            for who in ("stock", "assay")
+        )
+        mark = "" if row["reason"] == row["expected"] else f" (expected `{row['expected']}`)"
+        lines.append(f"| `{row['name']}` | {row['what']} | {stock} | {assay} | `{row['reason']}`{mark} |")
+    versions = found["versions"]
+    lines += [
+        "",
+        f"`{found['command']}` · flwr {versions['flwr']}, numpy {versions['numpy']} · commit {found['commit']}",
     ]
     return "\n".join(lines) + "\n"
 
