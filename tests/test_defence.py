@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from assay import wire
 from assay.config import ConfigError, Experiment, parse
+from assay.contribution import LoraUpdate, Refusal, Template, tensors_sha256
 from assay.federated import defence, published
 from assay.federated.canary import CanaryLimits, Losses
 from assay.federated.defence import LEVELS, Defence, Material
@@ -52,6 +54,22 @@ def test_every_level_is_made_of_its_screens(level: str) -> None:
     assert found.wants_shadow == (level in ("shadow", "evidence"))
     assert found.min_mean_weight == (0.2 if level in defence.PAPERS else 0.0)
     assert not found.faithful
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_claims_nobody_reads_are_refused_before_they_are_parsed(level: str) -> None:
+    shapes = {"x.lora_A.weight": (1, 2), "x.lora_B.weight": (2, 1)}
+    values = {n: np.ones(s, np.float32) for n, s in shapes.items()}
+    sent = LoraUpdate(
+        participant="c", round=1, base_sha256="b", tensors=values, sha256=tensors_sha256(values), steps=(values,) * 20,
+    )  # fmt: skip
+    template, message = Template(shapes=shapes, base_sha256="b", round=1), wire.encode_update(sent, run="r")
+    found = made(level=level)
+    read = wire.decode_update(message, template=template, run="r", participant="c", limits=found.limits(20))
+    reads_claims = found.wants_steps or found.wants_shadow
+    assert isinstance(read, LoraUpdate) if reads_claims else read.reason == "too_large"  # type: ignore[union-attr]
+    fewer = wire.decode_update(message, template=template, run="r", participant="c", limits=found.limits(19))
+    assert isinstance(fewer, Refusal)
 
 
 def test_the_config_offers_exactly_the_levels_there_are() -> None:

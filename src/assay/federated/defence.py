@@ -21,6 +21,7 @@ from assay.federated.probe import Probe
 from assay.federated.rehearsal import Rehearsal
 from assay.federated.spectral import FEWEST
 from assay.verdict import Screen
+from assay.wire import Limits
 
 GATE = "gate"
 LEVELS: Mapping[str, tuple[str, ...]] = {
@@ -48,6 +49,14 @@ class Defence:
     wants_steps: bool = False
     wants_shadow: bool = False
     faithful: bool = False
+
+    def limits(self, steps: int) -> Limits:
+        """What a client's message may hold: a claim for each ordered step where the level reads any, else none at all.
+
+        Unasked claims are 32 more adapters to parse and to hold, and the default bound of 16 would refuse an honest
+        client who was ordered more steps.
+        """
+        return Limits(max_steps=steps if self.wants_steps or self.wants_shadow else 0)
 
     def summary(self) -> str:
         names = ", ".join(s.name + (" (monitor)" if s.name in self.monitor else "") for s in self.screens)
