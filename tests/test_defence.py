@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from assay.config import ConfigError, Experiment, parse
 from assay.contribution import LoraUpdate, Refusal, Template, tensors_sha256
 from assay.federated import defence, published
 from assay.federated.canary import CanaryLimits, Losses
+from assay.federated.claims import chain_problem
 from assay.federated.defence import LEVELS, Defence, Material
 from assay.federated.probe import Probe
 from assay.federated.rehearsal import Rehearsal
@@ -176,10 +178,23 @@ def test_orders_follow_the_rate_of_the_round_and_can_be_unbound() -> None:
     step: Any = screen_of(made(falling, level="step"), "step")
     assert [step.ordered(r).lr for r in (1, 2)] == [1e-3, 5e-4]
     assert step.ordered(1).steps == 2
-    free: Any = screen_of(made(falling, level="step", claims={"optimizer": "any", "turn": -1.0}), "step")
+    free: Any = screen_of(made(falling, level="step", claims={"optimizer": "any"}), "step")
     assert (free.ordered(1).lr, free.ordered(1).turn) == (None, -1.0)
+    told: Any = screen_of(made(falling, level="step", claims={"turn": 0.1}), "step")
+    assert (step.ordered(1).turn, told.ordered(1).turn) == (0.0, 0.1)
     shadow: Any = screen_of(made(falling, level="shadow"), "shadow")
     assert shadow.ordered(7).lr == 2e-3, "the shadow's rate is fixed over rounds"
+
+
+@pytest.mark.parametrize("level", ["step", "shadow", "evidence"])
+def test_a_client_whose_batches_disagree_is_no_forger_where_sgd_is_ordered(level: str) -> None:
+    """Sgd has no momentum: two honest steps may point apart (27 of 30 honest clients were refused for it on `tiny`)."""
+    experiment = parse({"defence": {"level": level}, "training": {"optimizer": "sgd"}})
+    ordered = getattr(screen_of(defence.make(experiment, LABELLED), level), "ordered")(1)  # noqa: B009
+    start = {"x.lora_A.weight": np.zeros((1, 3), np.float32)}
+    chain = [{n: np.array([row], np.float32) for n in start} for row in ([1.0, 0.0, 0.5], [0.5, 1.0, 0.5])]
+    assert chain_problem(chain, start, ordered) == ""
+    assert chain_problem(chain, start, replace(ordered, turn=0.0)).startswith("step 2 turns back")
 
 
 # --- the faithful switch ------------------------------------------------------------------------------------------

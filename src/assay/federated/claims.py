@@ -35,7 +35,7 @@ class Ordered:
     `lr`: rate of the branch (None: no bound from the optimiser, for clients that do not use AdamW with fresh state and
     no weight decay). `slack`: share by which a coordinate may pass AdamW's bound. `first_step`: least share of the
     coordinates moved by step 1 that move by the rate itself; fresh AdamW moves every one of them by +-lr. `turn`:
-    least cosine between consecutive moves; AdamW's momentum keeps it up.
+    least cosine between consecutive moves; AdamW's momentum keeps it up, and where there is none it must be -1.
     36 chains of honest clients on `tiny` (2 to 10 steps, rates 5e-5 to 1e-2) moved by at most 1.03 x the rate, with sign
     steps from 0.97 and cosines from 0.33. So did 36 chains of malicious clients who trained as ordered: what this catches
     is made-up chains, nothing else. Tighter settings refuse honest clients whose gradients vanish; looser ones let

@@ -269,10 +269,12 @@ def _scored(experiment: Experiment) -> dict[str, Any]:
 
 def _ordered(experiment: Experiment, lr_of_round: Callable[[int], float]) -> Callable[[int], Ordered]:
     config, steps = experiment.defence.claims, experiment.training.steps
-    bound = config.optimizer == "adamw" and experiment.training.optimizer == "adamw"  # sgd bounds no coordinate
+    # sgd bounds no coordinate and, without momentum, turns as its batches do
+    bound = config.optimizer == "adamw" and experiment.training.optimizer == "adamw"
+    turn = config.turn if bound else -1.0
     return lambda round: Ordered(
         steps=steps, lr=lr_of_round(round) if bound else None, slack=config.slack, first_step=config.first_step,
-        turn=config.turn,
+        turn=turn,
     )  # fmt: skip
 
 
