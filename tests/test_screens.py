@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from assay.config import ConfigError
-from assay.contribution import LoraUpdate, Refusal, Round, tensors_sha256
-from assay.federated import screens
+from assay.config import ConfigError, Experiment
+from assay.contribution import LoraUpdate, Refusal, Round, flatten, tensors_sha256
+from assay.federated import aggregators, screens, server_opt
 from assay.federated.canary import Canary, CanaryLimits, Gate, Losses, Rise
 from assay.federated.claims import Ordered
+from assay.federated.defence import LEVELS, Defence
 from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
 from assay.federated.lora import feature_names, unit_rows
 from assay.federated.probe import FitSettings, Probe, fit
+from assay.federated.round import ServerState, run_round
 from assay.federated.screens import Duplicate, Neighbours, Norm, Structure
 from assay.federated.spectral import STATISTICS, Spectral, change_svd, statistics
 from assay.metrics import auroc, tpr_at_fpr
@@ -100,6 +102,54 @@ def test_two_messages_of_one_participant_are_the_engines_mistake() -> None:
     refused = Refusal("a", "0" * 64, "malformed", "x")
     with pytest.raises(ValueError, match="more than one message"):
         screen_round(a_round(update("a", tensors(1)), refused=(refused,)), [])
+
+
+MISFITS = {
+    "shape": {**tensors(1.0), "model.layers.0.q_proj.lora_A.weight": np.ones((9, 9), np.float32)},
+    "name": {**tensors(1.0), "more": np.ones(1, np.float32)},
+    "nan": tensors(np.nan),
+}
+
+
+@pytest.mark.parametrize("how", MISFITS)
+def test_an_update_that_does_not_fit_breaks_no_screen_for_the_others(how: str) -> None:
+    """Without the wire: deltas of unlike shapes do not stack, and a NaN norm is no weight."""
+    honest = [update(f"ok-{i}", tensors(0.1, 1.0, i)) for i in range(4)]
+    here = a_round(*honest, update("odd", MISFITS[how]))
+    judged = screen_round(here, [Structure(), Norm(lambda r: 8.0), Duplicate(), Spectral(limit=1e6)])
+    assert judged.weight == {"odd": 0.0, **{u.participant: 1.0 for u in honest}}
+    assert judged.deciding["odd"].reason is Reason.STRUCTURE
+    zero = tensors()
+    for screens_ in ((Structure(),), ()):
+        rules = Defence(level="test", screens=screens_)
+        state = ServerState(round=0, adapter=zero, initial=zero, opt={})
+        made = server_opt.make("fedavg")
+        after = [
+            run_round(state, sent, [], rules, aggregators.make("mean"), made, Experiment().aggregation, 8)[0]
+            for sent in (here.updates, honest)
+        ]
+        np.testing.assert_array_equal(*(flatten(s.adapter) for s in after))
+
+
+@pytest.mark.parametrize("level", ["submitted", "spectral"])
+def test_copies_that_are_refused_cost_an_honest_client_nothing(level: str) -> None:
+    """Whoever sees an honest update sends it many times, too long to pass: its owner would be one of many copies."""
+    honest = [update(f"ok-{i}", tensors(0.1, 1.0, i)) for i in range(5)]
+    spoilt = [update(f"bad-{i}", {n: 50 * v for n, v in honest[0].tensors.items()}) for i in range(4)]
+    made = {"norm": lambda: Norm(lambda r: 8.0), "structure": Structure, "duplicate": Duplicate}
+    order = [made[n]() for n in LEVELS[level] if n in made]
+    judged = screen_round(a_round(*honest, *spoilt), order)
+    assert judged.weight == {**{u.participant: 1.0 for u in honest}, **{u.participant: 0.0 for u in spoilt}}
+    assert judged.deciding["bad-0"].reason is Reason.NORM
+    real = [update(f"copy-{i}", honest[0].tensors) for i in range(3)]
+    assert screen_round(a_round(*honest, *real), order).weight["ok-0"] == 0.25, "copies that count share one weight"
+
+
+def test_a_majority_that_sends_nothing_does_not_end_the_round() -> None:
+    honest = [update(f"ok-{i}", tensors(0.1, 1.0, i)) for i in range(2)]
+    idle = [update(f"idle-{i}", tensors()) for i in range(3)]
+    verdicts, _ = Norm(None).screen(a_round(*honest, *idle), {})
+    assert [v.weight for v in verdicts] == [0.0, 0.0, 1.0, 1.0, 1.0], "the median is theirs, and is no NaN"
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])

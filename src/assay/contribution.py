@@ -211,6 +211,23 @@ def flatten(tensors: Tensors, names: tuple[str, ...] | None = None) -> NDArray[n
     return np.concatenate([np.asarray(tensors[n], dtype=np.float32).ravel() for n in names or sorted(tensors)])
 
 
+def misfit(tensors: Tensors, like: Tensors) -> str:
+    """Why an adapter cannot stand beside `like`: other names or shapes, NaN or infinity; "" if it can.
+
+    >>> like = {"a": np.zeros(2, np.float32)}
+    >>> misfit({"a": np.zeros(3, np.float32)}, like), misfit(like, like)
+    ('a has shape (3,), expected (2,)', '')
+    """
+    if set(tensors) != set(like):
+        return "tensor names differ from the global adapter's"
+    for name in sorted(like):
+        if np.shape(tensors[name]) != like[name].shape:
+            return f"{name} has shape {np.shape(tensors[name])}, expected {like[name].shape}"
+        if not np.isfinite(tensors[name]).all():
+            return f"{name} is not finite"
+    return ""
+
+
 def unflatten(vector_D: NDArray[np.floating], like: Tensors) -> dict[str, NDArray[np.float32]]:
     """Inverse of `flatten` for the names and shapes of `like`."""
     out, at = {}, 0

@@ -26,12 +26,12 @@ from assay.wire import Limits
 GATE = "gate"
 LEVELS: Mapping[str, tuple[str, ...]] = {
     "none": ("structure",),
-    "submitted": ("structure", "norm", "duplicate", "probe", "neighbours", "canary", GATE),
+    "submitted": ("structure", "norm", "probe", "neighbours", "canary", "duplicate", GATE),
     "step": ("structure", "step"),
     "client": ("structure", "client"),
     "shadow": ("structure", "shadow"),
     "evidence": ("structure", "evidence"),
-    "spectral": ("structure", "norm", "duplicate", "spectral"),
+    "spectral": ("structure", "norm", "spectral", "duplicate"),
 }
 PAPERS = ("step", "client", "shadow", "evidence")
 """The paper's screens: only with these does a low mean weight skip the round."""

@@ -221,8 +221,8 @@ def rehearsal_key(experiment: Experiment, prepared: Prepared, sources: Sources) 
         "neighbours": config.neighbours,
         "seed": experiment.seed,
         "dtype": prepared.dtype,
-        # how many are rehearsed follows from the run's length where the config does not say it
-        "rounds": (rounds_of(experiment), experiment.training.rounds if experiment.training.schedule == "cosine" else 0),
+        "rehearsed": rounds_of(experiment),  # follows from the run's length where the config does not say it
+        "rounds": experiment.training.rounds if experiment.training.schedule == "cosine" else None,
     }
     return _key("rehearsal", experiment, prepared, sources, rehearsed)
 

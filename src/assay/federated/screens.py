@@ -9,7 +9,7 @@ Legend: N updates, M bank rows, D values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.config import ConfigError
-from assay.contribution import LoraUpdate, Round
+from assay.contribution import LoraUpdate, Round, misfit
 from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
 from assay.federated.lora import unit_rows
 from assay.federated.probe import Probe, feature_deltas
@@ -27,7 +27,7 @@ from assay.verdict import Reason, Screen, State, Verdict
 
 
 class Structure:
-    """Names, shapes and finiteness once more (screens may be used without the wire), and that something was trained."""
+    """Names, shapes and finiteness once more (for who calls it by itself), and that something was trained."""
 
     name = "structure"
 
@@ -35,13 +35,8 @@ class Structure:
         return [say(u, self.name, *self._judge(u, round)) for u in round.updates], state
 
     def _judge(self, update: LoraUpdate, round: Round) -> tuple[float, Reason, str]:
-        if set(update.tensors) != set(round.start):
-            return 0.0, Reason.STRUCTURE, "tensor names differ from the global adapter's"
-        for name, value in update.tensors.items():
-            if value.shape != round.start[name].shape:
-                return 0.0, Reason.STRUCTURE, f"{name} has shape {value.shape}, expected {round.start[name].shape}"
-            if not np.isfinite(value).all():
-                return 0.0, Reason.STRUCTURE, f"{name} is not finite"
+        if told := misfit(update.tensors, round.start):
+            return 0.0, Reason.STRUCTURE, told
         if all(np.array_equal(value, round.start[name]) for name, value in update.tensors.items()):
             return 0.0, Reason.STRUCTURE, "the update is the global adapter unchanged: nothing was trained"
         return 1.0, Reason.OK, ""
@@ -71,7 +66,7 @@ class Norm:
         limit = self.limit_of_round(round.index) if self.limit_of_round is not None else float(np.median(norm_N))
         out = []
         for update, norm in zip(round.updates, norm_N):
-            ratio = norm / limit
+            ratio = norm / limit if limit > 0 else np.inf if norm > 0 else 0.0  # a majority may send nothing
             weight = 1.0 if ratio <= self.clip else 0.0 if ratio > self.refuse else self.clip / ratio
             against = "the largest rehearsed honest norm" if known else "the median norm of the round"
             sentence = f"update norm is {ratio:.2f} x {against}"
@@ -85,10 +80,13 @@ class Duplicate:
 
     Two honest clients never train to the same direction (their cosine stays well below `cosine`), one attacker with
     many names does. Cheap to evade by noise: it keeps careless Sybils and copied benign updates from counting twice.
+    It stands last and counts what the others left in: copies of an honest update, spoilt so that they are refused
+    (50 times as long), would else cost the honest client all but 1/k of his weight.
     """
 
     cosine: float = 0.9995
     name: str = "duplicate"
+    among_admitted: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.cosine <= 1:
