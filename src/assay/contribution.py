@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tensors = Mapping[str, NDArray[np.float32]]
+BLOCK_VALUES = 2**18
+"""Values of one block over all participants: it and its float64 copies stay in the cache of one core."""
 
 
 def tensors_sha256(tensors: Tensors) -> str:
@@ -108,6 +110,19 @@ class Round:
         return (
             np.stack([flatten(u.tensors, names) - base_D for u in self.updates]) if self.updates else base_D[None][:0]
         )
+
+    def blocks(self, names: tuple[str, ...] | None = None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """`deltas` in blocks of columns: where they stand, and block_NB. A matrix of all updates would be as large as
+        they are, its float64 copy twice that."""
+        at, width = 0, max(1, BLOCK_VALUES // max(1, len(self.updates)))
+        for name in names or tuple(sorted(self.start)):
+            start_B = np.asarray(self.start[name], np.float32).ravel()
+            rows = [np.asarray(u.tensors[name], np.float32).ravel() for u in self.updates]
+            for low in range(0, start_B.size if rows else 0, width):
+                here = slice(low, low + width)
+                block_NB = np.stack([row[here] for row in rows]) - start_B[here]
+                yield slice(at + low, at + low + block_NB.shape[1]), block_NB
+            at += start_B.size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

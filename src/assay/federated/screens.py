@@ -8,7 +8,7 @@ Legend: N updates, M bank rows, D values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.config import ConfigError
-from assay.contribution import LoraUpdate, Round, misfit
+from assay.contribution import BLOCK_VALUES, LoraUpdate, Round, misfit
 from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
-from assay.federated.lora import unit_rows
+from assay.federated.lora import feature_names
 from assay.federated.probe import Probe, feature_deltas
 from assay.federated.say import say
 from assay.federated.spectral import Spectral
@@ -61,7 +61,10 @@ class Norm:
             raise ValueError(f"clip must be positive and not above refuse, got {self.clip} and {self.refuse}")
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        norm_N = np.linalg.norm(round.deltas().astype(np.float64), axis=1)
+        square_N = np.zeros(len(round.updates))
+        for _, block_NB in round.blocks():
+            square_N += (block_NB.astype(np.float64) ** 2).sum(axis=1)
+        norm_N = np.sqrt(square_N)
         known = self.limit_of_round is not None
         limit = self.limit_of_round(round.index) if self.limit_of_round is not None else float(np.median(norm_N))
         out = []
@@ -93,8 +96,13 @@ class Duplicate:
             raise ValueError(f"cosine must be in (0, 1], got {self.cosine}")
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        unit_ND = unit_rows(round.deltas())
-        copies_N = ((unit_ND @ unit_ND.T) >= self.cosine).sum(axis=1).clip(min=1)
+        gram_NN = np.zeros((len(round.updates), len(round.updates)))
+        for _, block_NB in round.blocks():
+            wide_NB = block_NB.astype(np.float64)
+            gram_NN += wide_NB @ wide_NB.T
+        norm_N = np.sqrt(np.diagonal(gram_NN))
+        size_NN = norm_N[:, None] * norm_N
+        copies_N = ((gram_NN >= self.cosine * size_NN) & (size_NN > 0)).sum(axis=1).clip(min=1)
         return [
             say(u, self.name, 1.0 / int(c), Reason.DUPLICATE, f"{c} updates are copies of each other", c - 1, copies=c)
             for u, c in zip(round.updates, copies_N)
@@ -113,9 +121,9 @@ class ProbeFilter:
     name: str = "probe"
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        x_ND = feature_deltas([u.tensors for u in round.updates], round.start, self.probe.features)
         out = []
-        for update, logit in zip(round.updates, self.probe.logits(x_ND)):
+        for update in round.updates:  # one by one: a matrix of all would need more memory than the updates themselves
+            logit = float(self.probe.logits(feature_deltas([update.tensors], round.start, self.probe.features))[0])
             sentence = (
                 f"probe logit {logit:.2f} is above {self.limit:.2f}, the most that honest rehearsal clients explain"
             )
@@ -142,9 +150,9 @@ class Neighbours:
             raise ValueError(f"k must be at least 1, got {self.k}")
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        x_ND = feature_deltas([u.tensors for u in round.updates], round.start, "all_b")
+        cosine_NM = _cosines(round.blocks(feature_names(list(round.start), "all_b")), len(round.updates), self.bank_MD)
         out = []
-        for update, ratio in zip(round.updates, neighbour_ratio(x_ND, self.bank_MD, self.malicious_M, self.k)):
+        for update, ratio in zip(round.updates, _ratio(cosine_NM, self.malicious_M, self.k)):
             sentence = f"{ratio:.3f} x as far from benign as from malicious updates (limit {self.limit:.3f})"
             weight = float(ratio <= self.limit)
             out.append(say(update, self.name, weight, Reason.NEIGHBOURS, sentence, ratio - self.limit, ratio=ratio))
@@ -155,7 +163,30 @@ def neighbour_ratio(
     x_ND: NDArray[np.floating], bank_MD: NDArray[np.floating], malicious_M: NDArray[np.bool_], k: int
 ) -> NDArray[np.float64]:
     """Mean cosine distance to the k nearest benign rows over that to the k nearest malicious rows, per row of x."""
-    distance_NM = 1.0 - (unit_rows(x_ND) @ unit_rows(bank_MD).T).astype(np.float64)
+    width = max(1, BLOCK_VALUES // max(1, len(bank_MD)))
+    columns = (slice(at, min(at + width, x_ND.shape[1])) for at in range(0, x_ND.shape[1], width))
+    return _ratio(_cosines(((c, x_ND[:, c]) for c in columns), len(x_ND), bank_MD), malicious_M, k)
+
+
+def _cosines(
+    blocks: Iterable[tuple[slice, NDArray[np.floating]]], count: int, bank_MD: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """cosine_NM of `count` rows, given in blocks of columns, with those of the bank; 0 where there is no direction."""
+    dot_NM = np.zeros((count, len(bank_MD)))
+    square_N, square_M = np.zeros(count), np.zeros(len(bank_MD))
+    for columns, block_NB in blocks:
+        x_NB, bank_MB = block_NB.astype(np.float64), bank_MD[:, columns].astype(np.float64)
+        dot_NM += x_NB @ bank_MB.T
+        square_N += np.einsum("nb,nb->n", x_NB, x_NB)
+        square_M += np.einsum("mb,mb->m", bank_MB, bank_MB)
+        del x_NB, bank_MB  # or the next ones are made beside them
+    size_NM = np.sqrt(square_N)[:, None] * np.sqrt(square_M)
+    cosine_NM: NDArray[np.float64] = np.divide(dot_NM, size_NM, out=np.zeros_like(dot_NM), where=size_NM > 0)
+    return cosine_NM
+
+
+def _ratio(cosine_NM: NDArray[np.float64], malicious_M: NDArray[np.bool_], k: int) -> NDArray[np.float64]:
+    distance_NM = 1.0 - cosine_NM
     benign_N = np.sort(distance_NM[:, ~malicious_M], axis=1)[:, :k].mean(axis=1)
     malicious_N = np.sort(distance_NM[:, malicious_M], axis=1)[:, :k].mean(axis=1)
     ratio_N: NDArray[np.float64] = benign_N / np.maximum(malicious_N, 1e-12)
