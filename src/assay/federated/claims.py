@@ -3,7 +3,8 @@
 Bound: the last step is the submission, bit for bit; a chain has as many steps as were ordered, of the adapter's names
 and shapes, finite; it starts at the adapter the server sent, so its moves sum to the submission; every move is one that
 AdamW with fresh state can make at the ordered rate; no two moves are the same or parallel; each goes on roughly where
-the one before went. Whatever is missing or does not fit is a reason and weight 0, never an exception.
+the one before went. Whatever is missing or does not fit is a reason and weight 0, never an exception. Chains must travel
+as float32: in half precision the rounding of a value is larger than a step, and an honest client looks like a forger.
 
 What binding cannot do. A *shadow* branch is trained beside the submission and nothing ties the two together: a client
 may train a clean shadow on clean rows, chain and all, and send it beside a poisoned adapter. A *step* chain ends in the
