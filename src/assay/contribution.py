@@ -105,11 +105,7 @@ class Round:
 
     def deltas(self, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:
         """`delta_ND`: each update minus `start`, flattened over sorted `names` (default: all), float32."""
-        names = names or tuple(sorted(self.start))
-        base_D = flatten(self.start, names)
-        return (
-            np.stack([flatten(u.tensors, names) - base_D for u in self.updates]) if self.updates else base_D[None][:0]
-        )
+        return differences([u.tensors for u in self.updates], self.start, names)
 
     def blocks(self, names: tuple[str, ...] | None = None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """`deltas` in blocks of columns: where they stand, and block_NB. A matrix of all updates would be as large as
@@ -224,6 +220,17 @@ class Pool:
 def flatten(tensors: Tensors, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:
     """Concatenate named tensors, sorted by name, into one float32 vector of D values."""
     return np.concatenate([np.asarray(tensors[n], dtype=np.float32).ravel() for n in names or sorted(tensors)])
+
+
+def differences(
+    adapters: Sequence[Tensors], start: Tensors, names: tuple[str, ...] | None = None
+) -> NDArray[np.float32]:
+    """delta_ND: each adapter minus `start`, flattened over sorted `names` (default: all); one matrix and no second one."""
+    base_D = flatten(start, names)
+    delta_ND = np.empty((len(adapters), base_D.size), np.float32)
+    for row_D, adapter in zip(delta_ND, adapters):
+        np.subtract(flatten(adapter, names), base_D, out=row_D)
+    return delta_ND
 
 
 def misfit(tensors: Tensors, like: Tensors) -> str:

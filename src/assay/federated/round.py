@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.config import AggregationConfig
-from assay.contribution import LoraUpdate, Refusal, Round, Tensors, flatten, tensors_sha256, unflatten
+from assay.contribution import LoraUpdate, Refusal, Round, Tensors, differences, flatten, tensors_sha256, unflatten
 from assay.federated import scaffold
 from assay.federated.aggregators import Aggregator, Memory, ToleranceError, step
 from assay.federated.aggregators.product import Truncation, average_products
@@ -199,9 +199,7 @@ def merge(
     if aggregation.average == "product":
         adapter, truncation = average_products(updates, weight_N)
         return flatten(adapter) - flatten(start), memory, truncation
-    start_D = flatten(start)
-    delta_ND = np.stack([flatten(tensors) - start_D for tensors in updates])
-    delta_D, memory = step(aggregate, delta_ND, weight_N, names, memory)
+    delta_D, memory = step(aggregate, differences(updates, start), weight_N, names, memory)
     return delta_D, memory, None
 
 
