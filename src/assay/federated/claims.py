@@ -86,7 +86,7 @@ def adamw_bound(step: int) -> float:
     against v = sum beta2^(t-i) g_i^2. Clipping scales a gradient and so both sides; eps only lowers the quotient.
 
     >>> adamw_bound(1), round(adamw_bound(2), 4), round(adamw_bound(10), 4)
-    (1.0, 1.0014, 1.0432)
+    (1.0, 1.0014, 1.0431)
     """
     if step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
