@@ -14,10 +14,10 @@ import pytest
 from assay.config import AggregationConfig, ConfigError, check
 from assay.contribution import LoraUpdate, Tensors, flatten, tensors_sha256
 from assay.federated import aggregators, server_opt
-from assay.federated.aggregators import from_config
+from assay.federated.aggregators import from_config, make
 from assay.federated.aggregators.product import average_products
 from assay.federated.defence import Defence
-from assay.federated.round import Outcome, ServerState, run_round
+from assay.federated.round import Outcome, ServerState, merge, run_round
 from assay.federated.screens import Structure
 
 MODULES = {"layers.0.q_proj": (6, 5), "layers.0.v_proj": (4, 5), "layers.1.q_proj": (6, 5)}  # outputs, inputs
@@ -159,6 +159,21 @@ def moved(state: ServerState, by: np.ndarray) -> dict[str, np.ndarray]:
         out[name] = (value + by[at : at + value.size].reshape(value.shape)).astype(np.float32)
         at += value.size
     return out
+
+
+def test_memory_of_a_round_is_one_matrix_of_the_updates_and_a_quarter() -> None:
+    """The matrix is what aggregators read; a list of rows beside it would be as much again."""
+    rng, shapes = np.random.default_rng(0), {f"x.{i}.lora_A.weight": (8, 4096) for i in range(16)}
+    start = {n: np.zeros(s, np.float32) for n, s in shapes.items()}
+    sent = [{n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()} for _ in range(16)]
+    size, aggregate = 16 * 16 * 8 * 4096 * 4, make("mean")
+    tracemalloc.start()
+    try:
+        merge(sent, [f"c{i}" for i in range(16)], start, np.ones(16), aggregate, AggregationConfig(), {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= 1.25 * size, f"{peak / size:.2f} x the updates"
 
 
 def test_foolsgold_remembers_over_rounds_and_by_name() -> None:

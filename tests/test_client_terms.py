@@ -162,9 +162,12 @@ def test_probe_and_rehearsal_know_what_clients_are_trained_with() -> None:
         base.changed(server__opt="fedadam"),
         base.changed(server__opt="fedadam", server__params={"tau": 0.1}),
         base.changed(server__lr=0.5),
+        base.changed(training__rounds=10),  # ten rounds are rehearsed, not six
     ]
     keys = [rehearsal_key(e, prepared, sources) for e in [base, *(base.changed(**c) for c in changes), *more]]
     assert len(set(keys)) == len(keys)
+    longer = [base.changed(training__rounds=n) for n in (10, 25)]
+    assert len({rehearsal_key(e, prepared, sources) for e in longer}) == 1, "ten are the most"
     assert probe_key(base.changed(server__opt="fedadam"), prepared, sources) in probes, "a probe never meets the server"
 
 

@@ -447,6 +447,20 @@ def test_transplanted_layers_are_clean_and_the_others_are_not() -> None:
         np.testing.assert_allclose(sending.tensors[name], donor, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [0.9, 1.5])
+def test_poison_in_a_alone_looks_clean_to_whoever_reads_b(norm: float) -> None:
+    _, seen, sending = play(attacks.make("only_a", {"norm": norm, "whisper": 0.01}))
+    delta_D, clean_D, poison_D = (
+        flatten(x) - flatten(START) for x in (sending.tensors, seen.mine["clean"].tensors, seen.mine["main"].tensors)
+    )
+    for score, limit in ((logit, LOGIT_LIMIT), (ratio, RATIO_LIMIT)):
+        assert score(delta_D) == pytest.approx(score(clean_D), abs=1e-3)
+        assert score(clean_D) < limit < score(poison_D)
+    assert length(delta_D) == pytest.approx(norm * length(clean_D), rel=1e-5)
+    at_a = np.setdiff1d(np.arange(D), AT_B)
+    assert cosine(delta_D[at_a], poison_D[at_a]) == pytest.approx(1.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("benign", [0.0, 0.3, 0.8])
 @pytest.mark.parametrize("norm", [0.9, 1.5])
 def test_a_blend_has_the_norm_and_the_logit_asked_for(benign: float, norm: float) -> None:

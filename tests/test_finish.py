@@ -15,6 +15,7 @@ from assay.config import ConfigError, Experiment, parse
 from assay.contribution import tensors_sha256
 from assay.data import Example
 from assay.engines import local
+from assay.engines.excise import excise_run
 from assay.engines.pool import Pool
 from assay.federated.finish import prefixed, safety_rows
 from assay.federated.population import load_sources
@@ -115,6 +116,16 @@ def test_what_ships_is_what_the_ledger_closes_with(runs: dict[str, Path]) -> Non
             assert [s["step"] for s in end["finish"]] == ["safety_tuning", "prune", "noise", "safe_lora"]
             assert end["finish"][0]["model_before"] == entries[-2]["body"]["model_after"]
             assert end["finish"][-1]["model_after"] == end["model"]
+
+
+def test_excision_says_which_last_steps_its_adapter_has_not(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A safety-tuned run without a client is not safety-tuned any more: nobody should ship it unaware."""
+    said = {n: excise_run(run, ["client-00"], tmp_path / n, Silent(), measure=False) for n, run in runs.items()}
+    assert said["plain"]["not_repeated"] == []
+    assert said["finished"]["not_repeated"] == ["safety_tuning", "prune", "noise", "safe_lora"]
+    assert "(safety_tuning, prune, noise, safe_lora) are not repeated" in said["finished"]["caveat"]
+    assert "not repeated" not in said["plain"]["caveat"]
+    assert said["plain"]["model_before"] == said["finished"]["model_before"], "the adapter of the last round"
 
 
 def test_safety_rows_are_the_servers_and_not_the_canarys() -> None:

@@ -13,13 +13,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from assay import checkpoint, ledger, run_dir
+from assay import checkpoint, ledger, run_dir, wire
 from assay.config import ConfigError, Experiment, parse
 from assay.engines import journal, local
 from assay.engines.pool import Pool
 from assay.federated.preparation import Prepared
+from assay.federated.probe import Probe
 from assay.report import write
 
 # tiny's updates are noisy: its canary needs wider limits than the default model's
@@ -167,6 +169,20 @@ def test_the_other_levels_run(level: str, tmp_path: Path, small: Experiment, pre
     assert summary["metrics"]["auroc"] is not None
     assert summary["detection"][level]["auroc"] is not None
     assert run_dir.read_metrics(tmp_path / level)[1]["refusal_rate"] is None, "only every second round is evaluated"
+
+
+def test_more_steps_than_the_wire_lets_pass_unasked_are_read_where_they_were_ordered(
+    tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
+) -> None:
+    steps = wire.DEFAULT_LIMITS.max_steps + 1
+    shapes = [v.size for n, v in pool.initial().items() if ".0." in n and "lora_B" in n]
+    Probe(weight_D=np.zeros(sum(shapes), np.float32), bias=-1.0, features="first_b").save(tmp_path / "probe")
+    changed = small.changed(
+        name="long", defence__level="step", defence__probe=str(tmp_path / "probe"), clients__total=2,
+        clients__malicious=0.0, training__rounds=1, training__steps=steps, evaluate__every=1,
+    )  # fmt: skip
+    summary = local.run(changed, tmp_path / "long", prepared, pool)
+    assert summary["metrics"]["honest_weight_mean"] > 0.9, summary["reasons"]
 
 
 def test_sampling_aggregators_and_sleepers(tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool) -> None:

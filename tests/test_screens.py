@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from assay.config import ConfigError
-from assay.contribution import LoraUpdate, Refusal, Round, tensors_sha256
-from assay.federated import screens
+from assay import contribution
+from assay.config import ConfigError, Experiment
+from assay.contribution import LoraUpdate, Refusal, Round, flatten, tensors_sha256
+from assay.federated import aggregators, screens, server_opt
 from assay.federated.canary import Canary, CanaryLimits, Gate, Losses, Rise
 from assay.federated.claims import Ordered
+from assay.federated.defence import LEVELS, Defence
 from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
 from assay.federated.lora import feature_names, unit_rows
 from assay.federated.probe import FitSettings, Probe, fit
-from assay.federated.screens import Duplicate, Neighbours, Norm, Structure
+from assay.federated.round import ServerState, run_round
+from assay.federated.screens import Duplicate, Neighbours, Norm, ProbeFilter, Structure
 from assay.federated.spectral import STATISTICS, Spectral, change_svd, statistics
 from assay.metrics import auroc, tpr_at_fpr
-from assay.verdict import Reason, State, Verdict, screen_round
+from assay.verdict import Reason, Screen, State, Verdict, screen_round
 
 SHAPES = {f"model.layers.{i}.q_proj.lora_{ab}.weight": (3, 4) if ab == "A" else (4, 3) for i in (0, 1) for ab in "AB"}
 RNG = np.random.default_rng(0)
@@ -102,6 +106,54 @@ def test_two_messages_of_one_participant_are_the_engines_mistake() -> None:
         screen_round(a_round(update("a", tensors(1)), refused=(refused,)), [])
 
 
+MISFITS = {
+    "shape": {**tensors(1.0), "model.layers.0.q_proj.lora_A.weight": np.ones((9, 9), np.float32)},
+    "name": {**tensors(1.0), "more": np.ones(1, np.float32)},
+    "nan": tensors(np.nan),
+}
+
+
+@pytest.mark.parametrize("how", MISFITS)
+def test_an_update_that_does_not_fit_breaks_no_screen_for_the_others(how: str) -> None:
+    """Without the wire: deltas of unlike shapes do not stack, and a NaN norm is no weight."""
+    honest = [update(f"ok-{i}", tensors(0.1, 1.0, i)) for i in range(4)]
+    here = a_round(*honest, update("odd", MISFITS[how]))
+    judged = screen_round(here, [Structure(), Norm(lambda r: 8.0), Duplicate(), Spectral(limit=1e6)])
+    assert judged.weight == {"odd": 0.0, **{u.participant: 1.0 for u in honest}}
+    assert judged.deciding["odd"].reason is Reason.STRUCTURE
+    zero = tensors()
+    for screens_ in ((Structure(),), ()):
+        rules = Defence(level="test", screens=screens_)
+        state = ServerState(round=0, adapter=zero, initial=zero, opt={})
+        made = server_opt.make("fedavg")
+        after = [
+            run_round(state, sent, [], rules, aggregators.make("mean"), made, Experiment().aggregation, 8)[0]
+            for sent in (here.updates, honest)
+        ]
+        np.testing.assert_array_equal(*(flatten(s.adapter) for s in after))
+
+
+@pytest.mark.parametrize("level", ["submitted", "spectral"])
+def test_copies_that_are_refused_cost_an_honest_client_nothing(level: str) -> None:
+    """Whoever sees an honest update sends it many times, too long to pass: its owner would be one of many copies."""
+    honest = [update(f"ok-{i}", tensors(0.1, 1.0, i)) for i in range(5)]
+    spoilt = [update(f"bad-{i}", {n: 50 * v for n, v in honest[0].tensors.items()}) for i in range(4)]
+    made = {"norm": lambda: Norm(lambda r: 8.0), "structure": Structure, "duplicate": Duplicate}
+    order = [made[n]() for n in LEVELS[level] if n in made]
+    judged = screen_round(a_round(*honest, *spoilt), order)
+    assert judged.weight == {**{u.participant: 1.0 for u in honest}, **{u.participant: 0.0 for u in spoilt}}
+    assert judged.deciding["bad-0"].reason is Reason.NORM
+    real = [update(f"copy-{i}", honest[0].tensors) for i in range(3)]
+    assert screen_round(a_round(*honest, *real), order).weight["ok-0"] == 0.25, "copies that count share one weight"
+
+
+def test_a_majority_that_sends_nothing_does_not_end_the_round() -> None:
+    honest = [update(f"ok-{i}", tensors(0.1, 1.0, i)) for i in range(2)]
+    idle = [update(f"idle-{i}", tensors()) for i in range(3)]
+    verdicts, _ = Norm(None).screen(a_round(*honest, *idle), {})
+    assert [v.weight for v in verdicts] == [0.0, 0.0, 1.0, 1.0, 1.0], "the median is theirs, and is no NaN"
+
+
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
 def test_verdict_weights_lie_in_the_unit_interval(weight: float) -> None:
     with pytest.raises(ValueError, match="not in"):
@@ -138,6 +190,57 @@ def test_copies_count_once_together() -> None:
     copies = [update(f"s{i}", tensors(noise=1.0, seed=9)) for i in range(3)]
     verdicts, _ = Duplicate().screen(a_round(*honest, *copies), {})
     assert [v.weight for v in verdicts] == [1.0] * 4 + [1 / 3] * 3
+
+
+def test_a_cosine_read_in_blocks_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    x_ND, bank_MD = rng.standard_normal((3, 40)), rng.standard_normal((9, 40)).astype(np.float16)
+    x_ND[1] = 0.0
+    unit_ND, unit_MD = unit_rows(x_ND).astype(np.float64), unit_rows(bank_MD).astype(np.float64)
+    distance_NM = 1 - unit_ND @ unit_MD.T
+    bad_M = np.arange(9) % 2 == 0
+    wanted = [np.sort(d[~bad_M])[:3].mean() / np.sort(d[bad_M])[:3].mean() for d in distance_NM]
+    for values in (2**18, 27):
+        monkeypatch.setattr(screens, "BLOCK_VALUES", values)
+        np.testing.assert_allclose(screens.neighbour_ratio(x_ND, bank_MD, bad_M, 3), wanted, rtol=1e-5)
+    here = a_round(*(update(f"c{i}", tensors(0.2, 1.0, i)) for i in range(3)))
+    for limit in (2**18, 5):
+        monkeypatch.setattr(contribution, "BLOCK_VALUES", limit)
+        found_ND = np.zeros_like(here.deltas())
+        for columns, block_NB in here.blocks():
+            found_ND[:, columns] = block_NB
+        np.testing.assert_array_equal(found_ND, here.deltas())
+
+
+@pytest.mark.parametrize("name", ["structure", "norm", "duplicate", "probe", "neighbours", "spectral"])
+def test_memory_of_a_screen_is_a_quarter_of_the_updates(name: str) -> None:
+    """Beyond the updates themselves and the bank: a matrix of all of them in float64 would be twice as much as they."""
+    rng, width = np.random.default_rng(0), 4096
+    shapes = {
+        f"model.layers.{i}.q_proj.lora_{ab}.weight": (8, width) if ab == "A" else (width, 8)
+        for i in range(16) for ab in "AB"
+    }  # fmt: skip
+    start = {n: np.zeros(s, np.float32) for n, s in shapes.items()}
+    sent = tuple(
+        update(f"c{i:02d}", {n: rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}) for i in range(16)
+    )
+    half = 16 * 8 * width
+    made: dict[str, Callable[[], Screen]] = {
+        "structure": Structure,
+        "norm": lambda: Norm(lambda index: 1e3),
+        "duplicate": Duplicate,
+        "probe": lambda: ProbeFilter(Probe(weight_D=np.ones(half, np.float32), bias=0.0, features="all_b"), 1.0),
+        "neighbours": lambda: Neighbours(np.ones((64, half), np.float16), np.arange(64) % 2 == 0, 1.2),
+        "spectral": Spectral,
+    }
+    screen, here = made[name](), Round(index=1, start=start, initial=start, updates=sent)
+    tracemalloc.start()
+    try:
+        screen.screen(here, {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= 16 * 2 * half * 4 / 4, f"{peak / (16 * 2 * half * 4):.0%} of the updates"
 
 
 def labelled(count: int = 40, size: int = 24) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

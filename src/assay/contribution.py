@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tensors = Mapping[str, NDArray[np.float32]]
+BLOCK_VALUES = 2**18
+"""Values of one block over all participants: it and its float64 copies stay in the cache of one core."""
 
 
 def tensors_sha256(tensors: Tensors) -> str:
@@ -103,11 +105,20 @@ class Round:
 
     def deltas(self, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:
         """`delta_ND`: each update minus `start`, flattened over sorted `names` (default: all), float32."""
-        names = names or tuple(sorted(self.start))
-        base_D = flatten(self.start, names)
-        return (
-            np.stack([flatten(u.tensors, names) - base_D for u in self.updates]) if self.updates else base_D[None][:0]
-        )
+        return differences([u.tensors for u in self.updates], self.start, names)
+
+    def blocks(self, names: tuple[str, ...] | None = None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """`deltas` in blocks of columns: where they stand, and block_NB. A matrix of all updates would be as large as
+        they are, its float64 copy twice that."""
+        at, width = 0, max(1, BLOCK_VALUES // max(1, len(self.updates)))
+        for name in names or tuple(sorted(self.start)):
+            start_B = np.asarray(self.start[name], np.float32).ravel()
+            rows = [np.asarray(u.tensors[name], np.float32).ravel() for u in self.updates]
+            for low in range(0, start_B.size if rows else 0, width):
+                here = slice(low, low + width)
+                block_NB = np.stack([row[here] for row in rows]) - start_B[here]
+                yield slice(at + low, at + low + block_NB.shape[1]), block_NB
+            at += start_B.size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +220,34 @@ class Pool:
 def flatten(tensors: Tensors, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:
     """Concatenate named tensors, sorted by name, into one float32 vector of D values."""
     return np.concatenate([np.asarray(tensors[n], dtype=np.float32).ravel() for n in names or sorted(tensors)])
+
+
+def differences(
+    adapters: Sequence[Tensors], start: Tensors, names: tuple[str, ...] | None = None
+) -> NDArray[np.float32]:
+    """delta_ND: each adapter minus `start`, flattened over sorted `names` (default: all); one matrix and no second one."""
+    base_D = flatten(start, names)
+    delta_ND = np.empty((len(adapters), base_D.size), np.float32)
+    for row_D, adapter in zip(delta_ND, adapters):
+        np.subtract(flatten(adapter, names), base_D, out=row_D)
+    return delta_ND
+
+
+def misfit(tensors: Tensors, like: Tensors) -> str:
+    """Why an adapter cannot stand beside `like`: other names or shapes, NaN or infinity; "" if it can.
+
+    >>> like = {"a": np.zeros(2, np.float32)}
+    >>> misfit({"a": np.zeros(3, np.float32)}, like), misfit(like, like)
+    ('a has shape (3,), expected (2,)', '')
+    """
+    if set(tensors) != set(like):
+        return "tensor names differ from the global adapter's"
+    for name in sorted(like):
+        if np.shape(tensors[name]) != like[name].shape:
+            return f"{name} has shape {np.shape(tensors[name])}, expected {like[name].shape}"
+        if not np.isfinite(tensors[name]).all():
+            return f"{name} is not finite"
+    return ""
 
 
 def unflatten(vector_D: NDArray[np.floating], like: Tensors) -> dict[str, NDArray[np.float32]]:

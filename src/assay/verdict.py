@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from assay.contribution import Round
+from assay.contribution import Round, misfit
 
 Mode = Literal["enforce", "monitor"]
 Effect = Literal["exclude", "no_reward"]
@@ -146,6 +146,14 @@ class Screen(Protocol):
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]: ...
 
 
+@runtime_checkable
+class AmongAdmitted(Protocol):
+    """A screen in whose verdicts one participant costs another one weight (copies share one): with `among_admitted` it
+    sees only updates that no screen before it refused, so that nobody is charged for what does not count anyway."""
+
+    among_admitted: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Screened:
     """Outcome of a round's screening: all verdicts, the product weight and the deciding verdict per participant."""
@@ -169,8 +177,10 @@ def screen_round(
 ) -> Screened:
     """Run every screen over the round and multiply the enforced weights.
 
-    Participants refused at the wire (`round.refused`) get their wire verdict and weight 0; no screen sees them.
-    Screens after a zero still look: their evidence is worth recording and costs the attacker nothing to give.
+    Participants refused at the wire (`round.refused`) get their wire verdict and weight 0; no screen sees them, nor an
+    update that does not fit the adapter (for callers without the wire): it would break screens for everybody.
+    Screens after a zero still look (but for `AmongAdmitted`): their evidence is worth recording and costs the attacker
+    nothing to give.
     """
     states = dict(states or {})
     verdicts: list[Verdict] = []
@@ -191,8 +201,16 @@ def screen_round(
         if update.participant in weight:  # the engine's mistake: one participant, one message a round
             raise ValueError(f"{update.participant} has more than one message in round {round.index}")
         weight[update.participant] = 1.0
+        if told := misfit(update.tensors, round.start):
+            verdict = refusal(update, "structure", Reason.STRUCTURE, told)
+            verdicts.append(verdict)
+            weight[verdict.participant], deciding[verdict.participant] = 0.0, verdict
+    round = replace(round, updates=tuple(u for u in round.updates if weight[u.participant] > 0))
     for screen in screens:
-        found, states[screen.name] = run_screen(screen, round, round.updates, states.get(screen.name, {}))
+        seen = round
+        if isinstance(screen, AmongAdmitted) and screen.among_admitted:
+            seen = replace(round, updates=tuple(u for u in round.updates if weight[u.participant] > 0))
+        found, states[screen.name] = run_screen(screen, seen, seen.updates, states.get(screen.name, {}))
         mode: Mode = "monitor" if screen.name in monitor else "enforce"
         for verdict in found:
             verdict = replace(verdict, mode=mode)
@@ -245,11 +263,16 @@ def run_screen(
 
 def failed(update: Contribution, screen: str, sentence: str) -> Verdict:
     """The fail-closed verdict."""
+    return refusal(update, screen, Reason.SCREEN_FAILED, sentence)
+
+
+def refusal(update: Contribution, screen: str, reason: Reason, sentence: str) -> Verdict:
+    """Weight 0."""
     return Verdict(
         participant=update.participant,
         contribution=update.sha256,
         screen=screen,
         weight=0.0,
-        reason=Reason.SCREEN_FAILED,
+        reason=reason,
         sentence=sentence,
     )

@@ -37,6 +37,7 @@ WITHOUT_TRIGGER: Mapping[str, Mapping[str, Any]] = {
     "sybil": {},
     "copy_benign": {},
     "transplant": {},
+    "only_a": {},
     "remove_probe": {},
     "under_threshold": {},
     "blend": {},

@@ -237,9 +237,10 @@ def _collect(
         round=index,
     )
     updates, refused = [], []
+    limits = setup.defence.limits(experiment.training.steps)
     for client, sending in zip(chosen, sent):
         message = _message(setup, client, index, sending)
-        read = wire.decode_update(message, template=template, run=setup.run_id, participant=client.name)
+        read = wire.decode_update(message, template=template, run=setup.run_id, participant=client.name, limits=limits)
         if isinstance(read, LoraUpdate):
             updates.append(read)
         else:

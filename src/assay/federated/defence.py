@@ -21,16 +21,17 @@ from assay.federated.probe import Probe
 from assay.federated.rehearsal import Rehearsal
 from assay.federated.spectral import FEWEST
 from assay.verdict import Screen
+from assay.wire import Limits
 
 GATE = "gate"
 LEVELS: Mapping[str, tuple[str, ...]] = {
     "none": ("structure",),
-    "submitted": ("structure", "norm", "duplicate", "probe", "neighbours", "canary", GATE),
+    "submitted": ("structure", "norm", "probe", "neighbours", "canary", "duplicate", GATE),
     "step": ("structure", "step"),
     "client": ("structure", "client"),
     "shadow": ("structure", "shadow"),
     "evidence": ("structure", "evidence"),
-    "spectral": ("structure", "norm", "duplicate", "spectral"),
+    "spectral": ("structure", "norm", "spectral", "duplicate"),
 }
 PAPERS = ("step", "client", "shadow", "evidence")
 """The paper's screens: only with these does a low mean weight skip the round."""
@@ -48,6 +49,14 @@ class Defence:
     wants_steps: bool = False
     wants_shadow: bool = False
     faithful: bool = False
+
+    def limits(self, steps: int) -> Limits:
+        """What a client's message may hold: a claim for each ordered step where the level reads any, else none at all.
+
+        Unasked claims are 32 more adapters to parse and to hold, and the default bound of 16 would refuse an honest
+        client who was ordered more steps.
+        """
+        return Limits(max_steps=steps if self.wants_steps or self.wants_shadow else 0)
 
     def summary(self) -> str:
         names = ", ".join(s.name + (" (monitor)" if s.name in self.monitor else "") for s in self.screens)
@@ -260,10 +269,12 @@ def _scored(experiment: Experiment) -> dict[str, Any]:
 
 def _ordered(experiment: Experiment, lr_of_round: Callable[[int], float]) -> Callable[[int], Ordered]:
     config, steps = experiment.defence.claims, experiment.training.steps
-    bound = config.optimizer == "adamw" and experiment.training.optimizer == "adamw"  # sgd bounds no coordinate
+    # sgd bounds no coordinate and, without momentum, turns as its batches do
+    bound = config.optimizer == "adamw" and experiment.training.optimizer == "adamw"
+    turn = config.turn if bound else -1.0
     return lambda round: Ordered(
         steps=steps, lr=lr_of_round(round) if bound else None, slack=config.slack, first_step=config.first_step,
-        turn=config.turn,
+        turn=turn,
     )  # fmt: skip
 
 

@@ -206,6 +206,10 @@ def excise(script: Script, clients: Sequence[str]) -> Excised:
 
 def report(script: Script, clients: Sequence[str], found: Excised, checked: int) -> dict[str, Any]:
     """The difference in numbers; behaviour before and after is the engine's to add."""
+    last = script.experiment.finish.steps
+    unfinished = (
+        f" The run's last steps ({', '.join(last)}) are not repeated: what it shipped had them, this adapter has not."
+    )
     return {
         "run": script.experiment.name,
         "excised": sorted(clients),
@@ -217,7 +221,8 @@ def report(script: Script, clients: Sequence[str], found: Excised, checked: int)
         "distance_relative_to_the_run": found.relative,
         "rounds_changed": [c.round for c in found.changes if c.share > 0],
         "rounds": [c.as_dict() for c in found.changes],
-        "caveat": CAVEAT,
+        "not_repeated": list(last),
+        "caveat": CAVEAT + (unfinished if last else ""),
     }
 
 

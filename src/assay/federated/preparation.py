@@ -221,6 +221,7 @@ def rehearsal_key(experiment: Experiment, prepared: Prepared, sources: Sources) 
         "neighbours": config.neighbours,
         "seed": experiment.seed,
         "dtype": prepared.dtype,
+        "rehearsed": rounds_of(experiment),  # follows from the run's length where the config does not say it
         "rounds": experiment.training.rounds if experiment.training.schedule == "cosine" else None,
     }
     return _key("rehearsal", experiment, prepared, sources, rehearsed)

@@ -22,7 +22,7 @@ from safetensors.numpy import save as save_safetensors
 
 from assay.checkpoint import write_atomic
 from assay.config import ConfigError
-from assay.contribution import Tensors, flatten
+from assay.contribution import Tensors, differences
 from assay.federated.lora import Features, feature_names, unit_rows
 
 FORMAT = "assay.probe/1"
@@ -106,9 +106,7 @@ class Probe:
 
 def feature_deltas(adapters: Sequence[Tensors], start: Tensors, features: Features) -> NDArray[np.float32]:
     """delta_ND of the chosen tensors (not normalised)."""
-    names = feature_names(list(start), features)
-    base_D = flatten(start, names)
-    return np.stack([flatten(a, names) - base_D for a in adapters]) if adapters else np.zeros((0, base_D.size), "f4")
+    return differences(adapters, start, feature_names(list(start), features))
 
 
 def fit(

@@ -8,7 +8,7 @@ Legend: N participants, D flattened adapter.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.config import AggregationConfig
-from assay.contribution import LoraUpdate, Refusal, Round, Tensors, flatten, tensors_sha256, unflatten
+from assay.contribution import LoraUpdate, Refusal, Round, Tensors, differences, flatten, tensors_sha256, unflatten
 from assay.federated import scaffold
 from assay.federated.aggregators import Aggregator, Memory, ToleranceError, step
 from assay.federated.aggregators.product import Truncation, average_products
@@ -129,11 +129,15 @@ def run_round(
         result, why = "skipped", "no contribution was admitted"
     else:
         try:
-            sent, names = [u.tensors for u in round.updates], [u.participant for u in round.updates]
+            # only who counts is read: what a screen refused may not even have the adapter's shape
+            left = replace(round, updates=tuple(u for u, w in zip(round.updates, weight_N) if w > 0))
+            sent, names = [u.tensors for u in left.updates], [u.participant for u in left.updates]
+            weight_N = weight_N[weight_N > 0]
             delta_D, remembered, truncation = merge(
                 sent, names, round.start, weight_N, aggregate, aggregation, state.memory
             )
-            varied = _controls(round, weight_N, state.controls, controls_rule, aggregate)
+            absent = {*(u.participant for u in round.updates), *(r.participant for r in round.refused)} - {*names}
+            varied = _controls(left, weight_N, absent, state.controls, controls_rule, aggregate)
             params_D, opt_state = opt.update(delta_D, state.opt, flatten(state.adapter))
             after, memory, controls = unflatten(params_D, state.adapter), remembered, varied
         except ToleranceError as error:  # peers decide how many remain: that is data, not a mistake of the operator
@@ -166,16 +170,17 @@ def run_round(
 
 
 def _controls(
-    round: Round,
+    left: Round,
     weight_N: NDArray[np.float64],
+    absent: Collection[str],
     controls: scaffold.Controls,
     rule: scaffold.Rule | None,
     aggregate: Aggregator,
 ) -> scaffold.Controls:
     if rule is None:
         return controls
-    names, absent = [u.participant for u in round.updates], [r.participant for r in round.refused]
-    return scaffold.update(controls, names, round.deltas(), weight_N, rule, aggregate, absent)
+    names = [u.participant for u in left.updates]
+    return scaffold.update(controls, names, left.deltas(), weight_N, rule, aggregate, absent)
 
 
 def merge(
@@ -194,9 +199,7 @@ def merge(
     if aggregation.average == "product":
         adapter, truncation = average_products(updates, weight_N)
         return flatten(adapter) - flatten(start), memory, truncation
-    start_D = flatten(start)
-    delta_ND = np.stack([flatten(tensors) - start_D for tensors in updates])
-    delta_D, memory = step(aggregate, delta_ND, weight_N, names, memory)
+    delta_D, memory = step(aggregate, differences(updates, start), weight_N, names, memory)
     return delta_D, memory, None
 
 

@@ -8,8 +8,8 @@ Legend: N updates, M bank rows, D values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.config import ConfigError
-from assay.contribution import LoraUpdate, Round
+from assay.contribution import BLOCK_VALUES, LoraUpdate, Round, misfit
 from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
-from assay.federated.lora import unit_rows
+from assay.federated.lora import feature_names
 from assay.federated.probe import Probe, feature_deltas
 from assay.federated.say import say
 from assay.federated.spectral import Spectral
@@ -27,7 +27,7 @@ from assay.verdict import Reason, Screen, State, Verdict
 
 
 class Structure:
-    """Names, shapes and finiteness once more (screens may be used without the wire), and that something was trained."""
+    """Names, shapes and finiteness once more (for who calls it by itself), and that something was trained."""
 
     name = "structure"
 
@@ -35,13 +35,8 @@ class Structure:
         return [say(u, self.name, *self._judge(u, round)) for u in round.updates], state
 
     def _judge(self, update: LoraUpdate, round: Round) -> tuple[float, Reason, str]:
-        if set(update.tensors) != set(round.start):
-            return 0.0, Reason.STRUCTURE, "tensor names differ from the global adapter's"
-        for name, value in update.tensors.items():
-            if value.shape != round.start[name].shape:
-                return 0.0, Reason.STRUCTURE, f"{name} has shape {value.shape}, expected {round.start[name].shape}"
-            if not np.isfinite(value).all():
-                return 0.0, Reason.STRUCTURE, f"{name} is not finite"
+        if told := misfit(update.tensors, round.start):
+            return 0.0, Reason.STRUCTURE, told
         if all(np.array_equal(value, round.start[name]) for name, value in update.tensors.items()):
             return 0.0, Reason.STRUCTURE, "the update is the global adapter unchanged: nothing was trained"
         return 1.0, Reason.OK, ""
@@ -51,8 +46,9 @@ class Structure:
 class Norm:
     """Norm of the update against the largest rehearsed honest norm of that round.
 
-    Up to `clip` x the limit: weight 1; up to `refuse` x: weight limit/norm, which is clipping in the weighted sum;
-    above: weight 0. Honest clients lie within 0.90-1.10 of each other; 1.15 costs them nothing. Without a rehearsal
+    Up to `clip` x the limit: weight 1; up to `refuse` x: weight limit/norm; above: weight 0. Such a weight clips a row
+    against rows of weight 1; a mean divides by the weights, so where nearly all of it is too long, it moves by up to
+    `refuse` x the limit, and rules that choose rows do not shorten them. Honest clients lie within 0.90-1.10 of each other; 1.15 costs them nothing. Without a rehearsal
     (`limit_of_round` None) the limit is the median norm of the round, which a malicious majority moves.
     """
 
@@ -66,12 +62,15 @@ class Norm:
             raise ValueError(f"clip must be positive and not above refuse, got {self.clip} and {self.refuse}")
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        norm_N = np.linalg.norm(round.deltas().astype(np.float64), axis=1)
+        square_N = np.zeros(len(round.updates))
+        for _, block_NB in round.blocks():
+            square_N += (block_NB.astype(np.float64) ** 2).sum(axis=1)
+        norm_N = np.sqrt(square_N)
         known = self.limit_of_round is not None
         limit = self.limit_of_round(round.index) if self.limit_of_round is not None else float(np.median(norm_N))
         out = []
         for update, norm in zip(round.updates, norm_N):
-            ratio = norm / limit
+            ratio = norm / limit if limit > 0 else np.inf if norm > 0 else 0.0  # a majority may send nothing
             weight = 1.0 if ratio <= self.clip else 0.0 if ratio > self.refuse else self.clip / ratio
             against = "the largest rehearsed honest norm" if known else "the median norm of the round"
             sentence = f"update norm is {ratio:.2f} x {against}"
@@ -85,18 +84,26 @@ class Duplicate:
 
     Two honest clients never train to the same direction (their cosine stays well below `cosine`), one attacker with
     many names does. Cheap to evade by noise: it keeps careless Sybils and copied benign updates from counting twice.
+    It stands last and counts what the others left in: copies of an honest update, spoilt so that they are refused
+    (50 times as long), would else cost the honest client all but 1/k of his weight.
     """
 
     cosine: float = 0.9995
     name: str = "duplicate"
+    among_admitted: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.cosine <= 1:
             raise ValueError(f"cosine must be in (0, 1], got {self.cosine}")
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        unit_ND = unit_rows(round.deltas())
-        copies_N = ((unit_ND @ unit_ND.T) >= self.cosine).sum(axis=1).clip(min=1)
+        gram_NN = np.zeros((len(round.updates), len(round.updates)))
+        for _, block_NB in round.blocks():
+            wide_NB = block_NB.astype(np.float64)
+            gram_NN += wide_NB @ wide_NB.T
+        norm_N = np.sqrt(np.diagonal(gram_NN))
+        size_NN = norm_N[:, None] * norm_N
+        copies_N = ((gram_NN >= self.cosine * size_NN) & (size_NN > 0)).sum(axis=1).clip(min=1)
         return [
             say(u, self.name, 1.0 / int(c), Reason.DUPLICATE, f"{c} updates are copies of each other", c - 1, copies=c)
             for u, c in zip(round.updates, copies_N)
@@ -115,9 +122,9 @@ class ProbeFilter:
     name: str = "probe"
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        x_ND = feature_deltas([u.tensors for u in round.updates], round.start, self.probe.features)
         out = []
-        for update, logit in zip(round.updates, self.probe.logits(x_ND)):
+        for update in round.updates:  # one by one: a matrix of all would need more memory than the updates themselves
+            logit = float(self.probe.logits(feature_deltas([update.tensors], round.start, self.probe.features))[0])
             sentence = (
                 f"probe logit {logit:.2f} is above {self.limit:.2f}, the most that honest rehearsal clients explain"
             )
@@ -144,9 +151,9 @@ class Neighbours:
             raise ValueError(f"k must be at least 1, got {self.k}")
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
-        x_ND = feature_deltas([u.tensors for u in round.updates], round.start, "all_b")
+        cosine_NM = _cosines(round.blocks(feature_names(list(round.start), "all_b")), len(round.updates), self.bank_MD)
         out = []
-        for update, ratio in zip(round.updates, neighbour_ratio(x_ND, self.bank_MD, self.malicious_M, self.k)):
+        for update, ratio in zip(round.updates, _ratio(cosine_NM, self.malicious_M, self.k)):
             sentence = f"{ratio:.3f} x as far from benign as from malicious updates (limit {self.limit:.3f})"
             weight = float(ratio <= self.limit)
             out.append(say(update, self.name, weight, Reason.NEIGHBOURS, sentence, ratio - self.limit, ratio=ratio))
@@ -157,7 +164,30 @@ def neighbour_ratio(
     x_ND: NDArray[np.floating], bank_MD: NDArray[np.floating], malicious_M: NDArray[np.bool_], k: int
 ) -> NDArray[np.float64]:
     """Mean cosine distance to the k nearest benign rows over that to the k nearest malicious rows, per row of x."""
-    distance_NM = 1.0 - (unit_rows(x_ND) @ unit_rows(bank_MD).T).astype(np.float64)
+    width = max(1, BLOCK_VALUES // max(1, len(bank_MD)))
+    columns = (slice(at, min(at + width, x_ND.shape[1])) for at in range(0, x_ND.shape[1], width))
+    return _ratio(_cosines(((c, x_ND[:, c]) for c in columns), len(x_ND), bank_MD), malicious_M, k)
+
+
+def _cosines(
+    blocks: Iterable[tuple[slice, NDArray[np.floating]]], count: int, bank_MD: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """cosine_NM of `count` rows, given in blocks of columns, with those of the bank; 0 where there is no direction."""
+    dot_NM = np.zeros((count, len(bank_MD)))
+    square_N, square_M = np.zeros(count), np.zeros(len(bank_MD))
+    for columns, block_NB in blocks:
+        x_NB, bank_MB = block_NB.astype(np.float64), bank_MD[:, columns].astype(np.float64)
+        dot_NM += x_NB @ bank_MB.T
+        square_N += np.einsum("nb,nb->n", x_NB, x_NB)
+        square_M += np.einsum("mb,mb->m", bank_MB, bank_MB)
+        del x_NB, bank_MB  # or the next ones are made beside them
+    size_NM = np.sqrt(square_N)[:, None] * np.sqrt(square_M)
+    cosine_NM: NDArray[np.float64] = np.divide(dot_NM, size_NM, out=np.zeros_like(dot_NM), where=size_NM > 0)
+    return cosine_NM
+
+
+def _ratio(cosine_NM: NDArray[np.float64], malicious_M: NDArray[np.bool_], k: int) -> NDArray[np.float64]:
+    distance_NM = 1.0 - cosine_NM
     benign_N = np.sort(distance_NM[:, ~malicious_M], axis=1)[:, :k].mean(axis=1)
     malicious_N = np.sort(distance_NM[:, malicious_M], axis=1)[:, :k].mean(axis=1)
     ratio_N: NDArray[np.float64] = benign_N / np.maximum(malicious_N, 1e-12)

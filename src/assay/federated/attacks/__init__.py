@@ -19,7 +19,7 @@ import numpy as np
 
 from assay.config import ConfigError
 from assay.contribution import Tensors, flatten, unflatten
-from assay.federated.attacks.adaptive import Blend, MatchNorms, RemoveProbe, Transplant, UnderThreshold
+from assay.federated.attacks.adaptive import Blend, MatchNorms, OnlyA, RemoveProbe, Transplant, UnderThreshold
 from assay.federated.attacks.backdoor import PairedBackdoor, UnpairedBackdoor, triggered
 from assay.federated.attacks.claims import ForgedEvidence, InflateCounts
 from assay.federated.attacks.data import HarmfulData, OneTopic, Sleeper, Slow, Strike
@@ -67,6 +67,7 @@ ATTACKS: Mapping[str, Callable[..., Any]] = {
     "min_sum": partial(MinMax, sums=True),
     "remove_probe": RemoveProbe,
     "transplant": Transplant,
+    "only_a": OnlyA,
     "blend": Blend,
     "under_threshold": UnderThreshold,
     "match_norms": MatchNorms,

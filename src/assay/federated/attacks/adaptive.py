@@ -103,6 +103,36 @@ class Transplant:
 
 
 @dataclass(frozen=True, slots=True)
+class OnlyA:
+    """The poison in lora_A alone, behind a whisper of clean lora_B: filters that read the direction of B see a clean one.
+
+    `whisper` is the share of the clean update's B that is sent, `norm` the length of the whole in clean updates. Knows
+    which tensors are read, and the norm limit. It does little harm to refusals, but honest clients who train on from
+    there look harmful to the canary: on `tiny` it kept weight 1 itself and left the honest .78 of theirs at 20%
+    malicious, .39 at 50% (under most attacks: .95 and .92).
+    """
+
+    whisper: float = 0.05
+    norm: float = 1.1
+
+    def __post_init__(self) -> None:
+        check_share("whisper", self.whisper)
+        check_positive("norm", self.norm)
+
+    def branches(self, seat: Seat) -> Mapping[str, Branch]:
+        return {"clean": Branch(rows=seat.clean)}
+
+    def change(self, seat: Seat, delta_D: Delta, seen: Seen) -> Delta:
+        clean_D = delta_of(seat, seen.mine["clean"]).astype(np.float64)
+        in_b = np.zeros(delta_D.size, bool)
+        in_b[where(seat.start, feature_names(list(seat.start), "all_b"))] = True
+        out_D = np.where(in_b, self.whisper * clean_D, delta_D)
+        left = np.sqrt(max(0.0, (self.norm * _norm(clean_D)) ** 2 - _norm(out_D[in_b]) ** 2))
+        out_D[~in_b] *= left / max(_norm(out_D[~in_b]), 1e-12)
+        return np.asarray(out_D, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
 class Blend:
     """Benign and poisoned direction in one update, the probe's direction taken out, `norm` times as long as the benign.
 
