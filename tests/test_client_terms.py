@@ -183,5 +183,14 @@ def test_clients_rehearsal_and_probe_train_with_the_same_terms() -> None:
     assert rule is not None
     assert 0 < rule.scale < 2
     assert rule.scale == pytest.approx(5 * settings.lr)
-    assert controls_rule(experiment, experiment.training.rounds) is None, "at rate 0 nobody shows a gradient"
     assert controls_rule(Experiment(), 1) is None
+
+
+def test_a_cosine_schedule_never_ends_at_rate_zero() -> None:
+    """At rate 0 nobody trains, everybody sends the global adapter back, and everybody would be refused."""
+    base = Experiment().changed(training__schedule="cosine", training__lr=5e-5, training__rounds=25)
+    rates = [client_settings(base, r).lr for r in range(1, 26)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 5e-5
+    assert rates[-1] == pytest.approx(1e-6), "the paper's"
+    assert client_settings(base.changed(training__lr_final=2e-5), 25).lr == pytest.approx(2e-5)

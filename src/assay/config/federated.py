@@ -100,7 +100,8 @@ class TrainingConfig(Frozen):
     max_length: Annotated[int, Field(ge=8)] = 48
     lr: Positive = 2e-3
     lr_final: Positive | None = None
-    """With `cosine`: the rate of the last round; the rate is constant within a round."""
+    """With `cosine`: the rate of the last round, constant within a round. None: a fiftieth of `lr`, as in the paper; never
+    0, at which nothing would be trained and everybody refused."""
     schedule: Literal["constant", "cosine"] = "constant"
     clip: Positive = 1.0
     """Largest norm of a client's own gradient in a step."""

@@ -99,17 +99,16 @@ def client_settings(experiment: Experiment, round: int) -> LocalSettings:
 
 
 def controls_rule(experiment: Experiment, round: int) -> scaffold.Rule | None:
-    """How SCAFFOLD's server reads submissions of `round`; None where it is off, or where the rate has come to 0."""
-    settings = client_settings(experiment, round)
-    return scaffold.Rule.of(settings) if experiment.training.scaffold and settings.lr > 0 else None
+    """How SCAFFOLD's server reads submissions of `round`; None where it is off."""
+    return scaffold.Rule.of(client_settings(experiment, round)) if experiment.training.scaffold else None
 
 
 def lr_of_round(experiment: Experiment, round: int) -> float:
-    """Learning rate of a round: `lr`, or cosine from `lr` (round 1) to `lr_final` (last round)."""
+    """Learning rate of a round: `lr`, or cosine from `lr` (round 1) to `lr_final` (last round; never 0)."""
     training = experiment.training
     if training.schedule == "constant" or training.rounds == 1:
         return training.lr
-    final = training.lr_final or 0.0
+    final = training.lr_final or training.lr / 50
     phase = (round - 1) / (training.rounds - 1)
     return float(final + (training.lr - final) * 0.5 * (1 + np.cos(np.pi * phase)))
 
