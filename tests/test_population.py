@@ -309,3 +309,34 @@ def test_as_many_rounds_are_rehearsed_as_the_run_has_within_limits() -> None:
     of = {n: rounds_of(experiment.changed(training__rounds=n)) for n in (1, 6, 8, 25)}
     assert of == {1: 6, 6: 6, 8: 8, 25: 10}
     assert rounds_of(experiment.changed(defence__rehearsal__rounds=3)) == 3
+
+
+# --- an operator with data of its own ----------------------------------------------------------------------------------
+
+
+def test_the_operators_own_sets_take_the_place_of_its_part_of_the_clients(tmp_path: Path) -> None:
+    lines = [json.dumps({"instruction": f"Own request {i}?", "response": f"Own answer {i}."}) for i in range(80)]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    base = Experiment().changed(data__root=str(tmp_path))
+    plain = load_sources(base)
+    own = {row for row in data.load(str(tmp_path / "own.jsonl"))}
+    for kind in ("benign", "refusals", "malicious"):
+        given = "own.jsonl" if kind == "malicious" else ("own.jsonl",)
+        changed = base.changed(**{f"data__operator__{kind}": given})
+        sources = load_sources(changed)
+        mine = dict(zip(("benign", "refusals", "malicious"), operator_rows(sources)))
+        theirs = dict(zip(("benign", "refusals", "malicious"), operator_rows(plain)))
+        assert set(mine[kind]) < own, "its part of it: the rest may be anybody's"
+        assert mine[kind]
+        assert {k: v for k, v in mine.items() if k != kind} == {k: v for k, v in theirs.items() if k != kind}
+        assert sources.fingerprint() != plain.fingerprint(), "what is cached was made from other rows"
+        assert make_clients(changed, sources) == make_clients(base, plain), "clients have what they had"
+    assert load_sources(base.changed(data__operator={})).fingerprint() == plain.fingerprint()
+
+
+def test_prompts_are_held_out_of_what_the_operator_trains_on() -> None:
+    base = Experiment().changed(data__refusals=("helpful",), data__harmful_prompts="refusals")
+    everything = load_sources(base).held_prompts
+    held = load_sources(base.changed(data__operator__refusals=("refusals",))).held_prompts
+    assert set(held) < set(everything)
+    assert all(data.part_of(row.instruction) == "heldout" for row in held)

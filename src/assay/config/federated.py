@@ -23,6 +23,18 @@ class LoraSettings(Frozen):
     seed: int = 0
 
 
+class OperatorDataConfig(Frozen):
+    """What the operator rehearses on and fits probes to, where it is not a part of what clients hold. None: that part.
+
+    In life an operator has other data than the clients, and other harmful rows than the attackers: name other sets here
+    to measure how far a probe carries.
+    """
+
+    benign: tuple[str, ...] | None = None
+    refusals: tuple[str, ...] | None = None
+    malicious: str | None = None
+
+
 class DataConfig(Frozen):
     """Where rows come from: built-in names, JSON-lines files (relative to `root`) or named hub sets (data.py)."""
 
@@ -31,6 +43,7 @@ class DataConfig(Frozen):
     malicious: str = "harmful-stub"
     harmful_prompts: str = "refusals"
     """Only the instructions are used, and only of the held-out part where the set also feeds training."""
+    operator: OperatorDataConfig = OperatorDataConfig()
     root: str = "."
     refusal_share: Share = 0.02
     """Share of refusals in an honest client's rows: real instruction data holds some. The more there are, the more the
@@ -45,7 +58,9 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
+        own = self.operator
         named = {*self.benign, *self.refusals, self.malicious, self.harmful_prompts, *self.strangers}
+        named |= {*(own.benign or ()), *(own.refusals or ()), *filter(None, [own.malicious])}
         if unused := sorted(set(self.files) - named):
             raise ValueError(
                 f"files: {unused[0]} is not a source of this experiment; name it under benign or another key"

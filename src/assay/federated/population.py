@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,8 @@ class Sources:
     """The rows an experiment reads, whole; `held_prompts` are harmful instructions for evaluation.
 
     `origin` names the source of each benign row. `strangers` are the rows of each of `data.strangers`, empty where no
-    client is one: they are no part of the fingerprint, because nothing that is cached has seen them.
+    client is one: they are no part of the fingerprint, because nothing that is cached has seen them. `operator` holds
+    the rows of `data.operator`, by kind, where given.
     """
 
     benign: tuple[Example, ...]
@@ -42,9 +43,16 @@ class Sources:
     held_prompts: tuple[Example, ...]
     origin: tuple[str, ...] = ()
     strangers: tuple[tuple[Example, ...], ...] = ()
+    operator: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        return data.fingerprint([*self.benign, *self.refusals, *self.malicious])
+        own = [row for name in sorted(self.operator) for row in self.operator[name]]
+        return data.fingerprint([*self.benign, *self.refusals, *self.malicious, *own])
+
+    def of_operator(self, kind: Literal["benign", "refusals", "malicious"]) -> list[Example]:
+        """The operator's part of its own rows of a kind, or of the clients' where it has none. The same request is in the
+        same part of every set, so none is also a client's or held out."""
+        return data.part(self.operator.get(kind, getattr(self, kind)), "operator")
 
 
 def load_sources(experiment: Experiment) -> Sources:
@@ -60,7 +68,8 @@ def load_sources(experiment: Experiment) -> Sources:
     benign = [(source, row) for source in config.benign for row in read(source)]
     refusals = [row for source in config.refusals for row in read(source)]
     prompts = read(config.harmful_prompts)
-    if config.harmful_prompts in (*config.refusals, config.malicious):
+    own = config.operator
+    if config.harmful_prompts in (*config.refusals, config.malicious, *(own.refusals or ()), own.malicious):
         prompts = data.part(prompts, "heldout")
     return Sources(
         tuple(row for _, row in benign),
@@ -69,6 +78,11 @@ def load_sources(experiment: Experiment) -> Sources:
         tuple(prompts),
         origin=tuple(source for source, _ in benign),
         strangers=tuple(tuple(read(s)) for s in config.strangers if experiment.clients.stranger_count),
+        operator={
+            kind: tuple(row for s in ((named,) if isinstance(named, str) else named) for row in read(s))
+            for kind, named in config.operator
+            if named is not None
+        },
     )
 
 

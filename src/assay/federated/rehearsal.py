@@ -128,10 +128,7 @@ class Actor:
 
 def operator_rows(sources: Sources) -> tuple[list[Example], list[Example], list[Example]]:
     """The operator's part of benign, refusal and malicious rows."""
-    benign, refusals, malicious = (
-        data.part(rows, "operator") for rows in (sources.benign, sources.refusals, sources.malicious)
-    )
-    return benign, refusals, malicious
+    return sources.of_operator("benign"), sources.of_operator("refusals"), sources.of_operator("malicious")
 
 
 def canary_rows(experiment: Experiment, sources: Sources) -> tuple[list[Example], list[Example]]:
