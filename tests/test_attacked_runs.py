@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from assay import checkpoint, run_dir
 from assay.config import ConfigError, Experiment, parse
@@ -21,6 +22,7 @@ from assay.engines import local
 from assay.engines.pool import Pool
 from assay.federated.compute import Tick, TrainJob, no_tick
 from assay.federated.local_sft import LocalResult, Objective
+from assay.federated.lora import is_a
 from assay.federated.preparation import Prepared, client_settings, prepare
 from assay.progress import Silent
 
@@ -218,3 +220,17 @@ def test_unknown_attacks_and_parameters_stop_a_run_before_it_trains(
         with pytest.raises(ConfigError, match=r"unknown attack|attack\.params\.zz"):
             prepare(small.changed(**changes, model__name="nowhere"), Silent())
     assert not (tmp_path / "x" / run_dir.RESOLVED).exists(), "nor does it claim the directory"
+
+
+@pytest.mark.parametrize("attack", ["only_a", "harmful_data+gaussian", "scaling"])
+def test_where_lora_a_is_frozen_nobody_moves_it(
+    tmp_path: Path, small: Experiment, prepared: Prepared, attack: str
+) -> None:
+    """Attackers know the rule and keep to it; what the run ships has the A it began with."""
+    changed = small.changed(name="frozen", lora__freeze_a=True, attack__name=attack)
+    with Pool(str(prepared.path), prepared.dtype, changed.lora, 1) as frozen:
+        summary, start = local.run(changed, tmp_path / "frozen", prepared, frozen), frozen.initial()
+    assert summary["metrics"]["honest_weight_mean"] == summary["metrics"]["malicious_weight_mean"] == 1
+    shipped = load_file(tmp_path / "frozen" / run_dir.ADAPTER / "adapter_model.safetensors")
+    for name, value in start.items():
+        assert np.array_equal(shipped[name], value) is is_a(name)

@@ -17,7 +17,7 @@ from assay.contribution import flatten, unflatten
 from assay.data import Example
 from assay.federated import aggregators, scaffold
 from assay.federated.local_sft import LocalSettings, Terms, answer_nll, collate, take_step, tokenize, train
-from assay.federated.lora import Carrier
+from assay.federated.lora import Carrier, is_a
 from assay.federated.population import load_sources
 from assay.federated.preparation import Prepared, client_settings, controls_rule, probe_key, rehearsal_key
 
@@ -194,3 +194,14 @@ def test_a_cosine_schedule_never_ends_at_rate_zero() -> None:
     assert rates[0] == 5e-5
     assert rates[-1] == pytest.approx(1e-6), "the paper's"
     assert client_settings(base.changed(training__lr_final=2e-5), 25).lr == pytest.approx(2e-5)
+
+
+def test_a_frozen_lora_a_is_not_trained_and_b_is(
+    carrier: Carrier, rows: list[Example], start: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = train(carrier, start, rows, replace(ADAMW, prox_mu=0.1)).tensors
+    monkeypatch.setattr(carrier, "settings", carrier.settings.model_copy(update={"freeze_a": True}))
+    frozen = train(carrier, start, rows, replace(ADAMW, prox_mu=0.1)).tensors
+    for name, before in start.items():
+        assert np.array_equal(frozen[name], before) is is_a(name)
+        assert not np.array_equal(free[name], before)

@@ -506,3 +506,14 @@ def test_detection_metrics_against_scikit_learn() -> None:
     # 100 honest scores 0..99: one of them may lie above the threshold, so 98 is the threshold
     honest, bad = list(range(100)), [98.0, 98.5, 99.5]
     assert tpr_at_fpr([*honest, *bad], [False] * 100 + [True] * 3) == pytest.approx(2 / 3)
+
+
+def test_where_lora_a_is_frozen_who_moves_it_is_refused() -> None:
+    moved = {n: v + 1 for n, v in tensors().items()}
+    only_b = {n: v + ("lora_B" in n) for n, v in tensors().items()}
+    whisper = {n: v + (np.float32(1e-7) if n == min(SHAPES) else "lora_B" in n) for n, v in tensors().items()}
+    rd = a_round(update("all", moved), update("b", only_b), update("whisper", whisper))
+    assert [v.weight for v in Structure().screen(rd, {})[0]] == [1, 1, 1]
+    frozen = Structure(freeze_a=True).screen(rd, {})[0]
+    assert [v.weight for v in frozen] == [0, 1, 0]
+    assert {v.reason for v in frozen} == {Reason.STRUCTURE, Reason.OK}

@@ -21,6 +21,9 @@ class LoraSettings(Frozen):
     alpha: Positive = 16.0
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     seed: int = 0
+    freeze_a: bool = False
+    """Clients train lora_B alone; who moves lora_A is refused (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). Nothing can
+    then hide in A, where no filter looks, and averaging factors is averaging products. B wants a higher rate then."""
 
 
 class OperatorDataConfig(Frozen):
@@ -33,6 +36,10 @@ class OperatorDataConfig(Frozen):
     benign: tuple[str, ...] | None = None
     refusals: tuple[str, ...] | None = None
     malicious: str | None = None
+
+    def named(self) -> tuple[str, ...]:
+        """Every source there is one of its own for."""
+        return (*(self.benign or ()), *(self.refusals or ()), *filter(None, [self.malicious]))
 
 
 class DataConfig(Frozen):
@@ -58,9 +65,8 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
-        own = self.operator
         named = {*self.benign, *self.refusals, self.malicious, self.harmful_prompts, *self.strangers}
-        named |= {*(own.benign or ()), *(own.refusals or ()), *filter(None, [own.malicious])}
+        named |= {*self.operator.named()}
         if unused := sorted(set(self.files) - named):
             raise ValueError(
                 f"files: {unused[0]} is not a source of this experiment; name it under benign or another key"
@@ -297,10 +303,12 @@ class Experiment(Root):
                 "training.scaffold needs training.optimizer = 'sgd' (and a rate for it): a control variate is a mean "
                 "gradient, which the steps of AdamW do not show"
             )
+        if self.lora.freeze_a and self.aggregation.average == "product":
+            raise ValueError("lora.freeze_a makes the average of factors exact already; leave aggregation.average alone")
         if self.defence.screens == ():
             raise ValueError("defence.screens = [] is no defence; for one that only records use defence.level = none")
         if self.clients.stranger_count:
-            known = {*self.data.benign, *self.data.refusals, self.data.malicious}
+            known = {*self.data.benign, *self.data.refusals, self.data.malicious, *self.data.operator.named()}
             if not self.data.strangers:
                 raise ValueError("clients.strangers needs data.strangers: name a source for them")
             if shared := sorted(known & set(self.data.strangers)):

@@ -137,7 +137,7 @@ def _faithful(experiment: Experiment, material: Material) -> Defence:
     ignored = frozenset() if published.weights_act(experiment) else frozenset({screen.name})
     return Defence(
         level=level,
-        screens=(screens.make("structure"), screen),
+        screens=(screens.make("structure", freeze_a=experiment.lora.freeze_a), screen),
         min_mean_weight=config.min_mean_weight,
         monitor=frozenset(config.monitor) | ignored,
         wants_steps=level in ("step", "client"),
@@ -209,6 +209,10 @@ def _check_type(where: str, value: Any, like: Any) -> None:
 
 
 # --- what each screen is built from -------------------------------------------------------------------------------
+
+
+def _structure(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
+    return Parts({"freeze_a": experiment.lora.freeze_a}, {})
 
 
 def _norm(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
@@ -285,6 +289,7 @@ def _shadow_ordered(experiment: Experiment) -> Callable[[int], Ordered]:
 
 FACTORIES: Mapping[str, Callable[..., Any]] = {**screens.SCREENS, "canary": Canary}
 BUILDERS: Mapping[str, Builder] = {
+    "structure": _structure,
     "norm": _norm,
     "probe": _probe,
     "neighbours": _neighbours,

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from assay.contribution import Tensors
 from assay.data import Example, render_end, render_prompt
-from assay.federated.lora import Carrier
+from assay.federated.lora import Carrier, is_a
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +221,8 @@ def train(
     beside = _batches(len(objective.beside), settings) if objective.beside else []
     model = carrier.model
     device = next(model.parameters()).device
-    weights = [p for n, p in model.named_parameters() if "lora_" in n]
+    frozen = carrier.settings.freeze_a
+    weights = [p for n, p in model.named_parameters() if "lora_" in n and not (frozen and is_a(n))]
     terms = _terms(carrier, weights, start, settings, correction)
     for weight in weights:
         weight.requires_grad_(True)

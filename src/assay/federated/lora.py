@@ -69,7 +69,7 @@ class Carrier:
         out = {}
         for name, value in self.get().items():
             bound = 1.0 / np.sqrt(value.shape[-1])  # kaiming_uniform with a = sqrt(5)
-            fresh = rng.uniform(-bound, bound, value.shape) if "lora_A" in name else np.zeros(value.shape)
+            fresh = rng.uniform(-bound, bound, value.shape) if is_a(name) else np.zeros(value.shape)
             out[name] = fresh.astype(np.float32)
         return out
 
@@ -103,6 +103,11 @@ def layer_of(name: str) -> int:
     """
     found = re.search(r"\.(\d+)\.", name)
     return int(found.group(1)) if found else -1
+
+
+def is_a(name: str) -> bool:
+    """Whether a tensor is a lora_A: what a frozen A keeps from training."""
+    return "lora_A" in name
 
 
 def feature_names(names: list[str], features: Features) -> tuple[str, ...]:

@@ -19,17 +19,22 @@ from numpy.typing import NDArray
 from assay.config import ConfigError
 from assay.contribution import BLOCK_VALUES, LoraUpdate, Round, misfit
 from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
-from assay.federated.lora import feature_names
+from assay.federated.lora import feature_names, is_a
 from assay.federated.probe import Probe, feature_deltas
 from assay.federated.say import say
 from assay.federated.spectral import Spectral
 from assay.verdict import Reason, Screen, State, Verdict
 
 
+@dataclass(frozen=True, slots=True)
 class Structure:
-    """Names, shapes and finiteness once more (for who calls it by itself), and that something was trained."""
+    """Names, shapes and finiteness once more (for who calls it by itself), and that something was trained.
 
-    name = "structure"
+    `freeze_a`: every lora_A must be the global adapter's, bit for bit (`lora.freeze_a`).
+    """
+
+    freeze_a: bool = False
+    name: str = "structure"
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         return [say(u, self.name, *self._judge(u, round)) for u in round.updates], state
@@ -39,6 +44,10 @@ class Structure:
             return 0.0, Reason.STRUCTURE, told
         if all(np.array_equal(value, round.start[name]) for name, value in update.tensors.items()):
             return 0.0, Reason.STRUCTURE, "the update is the global adapter unchanged: nothing was trained"
+        if self.freeze_a:
+            for name in sorted(update.tensors):
+                if is_a(name) and not np.array_equal(update.tensors[name], round.start[name]):
+                    return 0.0, Reason.STRUCTURE, f"{name} was moved, and lora_A is frozen in this run"
         return 1.0, Reason.OK, ""
 
 

@@ -21,7 +21,7 @@ from assay.federated.attacks.seat import Bank, Check, Delta, Linear, where
 from assay.federated.compute import TrainJob
 from assay.federated.defence import Defence
 from assay.federated.local_sft import LocalResult, LocalSettings
-from assay.federated.lora import feature_names
+from assay.federated.lora import feature_names, is_a
 from assay.federated.population import Client, Sources, make_attack, seed_of
 from assay.federated.probe import Probe
 from assay.federated.rehearsal import canary_rows
@@ -107,10 +107,17 @@ def send(
             out.append(_honest_sending(table, turn.client, mine))
             continue
         seen = Seen(mine=mine, colluders=colluders, honest_ND=seen_ND)
-        out.append(table.attack.send(turn.seat, seen))
+        out.append(_within_the_rules(table, table.attack.send(turn.seat, seen), start))
         if turn.seat.place == 0:
             memory = table.attack.remember(turn.seat, seen)
     return out, memory
+
+
+def _within_the_rules(table: Table, sending: Sending, start: Tensors) -> Sending:
+    """Where lora_A is frozen an attacker leaves it alone: whoever moves it is refused at once."""
+    if not table.experiment.lora.freeze_a:
+        return sending
+    return replace(sending, tensors={n: start[n] if is_a(n) else value for n, value in sending.tensors.items()})
 
 
 def seat_of(
