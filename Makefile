@@ -38,7 +38,7 @@ demo: $(STAMP)
 	@$(BIN)/assay demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(FAST) --doctest-modules tests src/assay
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
