@@ -304,7 +304,9 @@ class Experiment(Root):
                 "gradient, which the steps of AdamW do not show"
             )
         if self.lora.freeze_a and self.aggregation.average == "product":
-            raise ValueError("lora.freeze_a makes the average of factors exact already; leave aggregation.average alone")
+            raise ValueError(
+                "lora.freeze_a makes the average of factors exact already; leave aggregation.average alone"
+            )
         if self.defence.screens == ():
             raise ValueError("defence.screens = [] is no defence; for one that only records use defence.level = none")
         if self.clients.stranger_count:
