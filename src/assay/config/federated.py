@@ -23,7 +23,7 @@ class LoraSettings(Frozen):
     seed: int = 0
     freeze_a: bool = False
     """Clients train lora_B alone; who moves lora_A is refused (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). Nothing can
-    then hide in A, where no filter looks, and averaging factors is averaging products. B wants a higher rate then."""
+    then hide in A, where no filter looks, and averaging factors is averaging products. At the same rate B alone learns a little less."""
 
 
 class OperatorDataConfig(Frozen):

@@ -57,8 +57,9 @@ class Norm:
 
     Up to `clip` x the limit: weight 1; up to `refuse` x: weight limit/norm; above: weight 0. Such a weight clips a row
     against rows of weight 1; a mean divides by the weights, so where nearly all of it is too long, it moves by up to
-    `refuse` x the limit, and rules that choose rows do not shorten them. Honest clients lie within 0.90-1.10 of each other; 1.15 costs them nothing. Without a rehearsal
-    (`limit_of_round` None) the limit is the median norm of the round, which a malicious majority moves.
+    `refuse` x the limit, and rules that choose rows do not shorten them. Honest clients lie within 0.90-1.10 of each
+    other; 1.15 costs them nothing. Without a rehearsal (`limit_of_round` None) the limit is the median norm of the round,
+    which a malicious majority moves.
     """
 
     limit_of_round: Callable[[int], float] | None
