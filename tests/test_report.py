@@ -167,6 +167,22 @@ def test_headline_and_summary_say_what_the_runs_say(tmp_path: Path) -> None:
     assert by_run["honest_only"][8] == "–"
 
 
+def test_a_grid_is_told_by_its_worst_undefended_run_and_by_how_many_attacks(tmp_path: Path) -> None:
+    def attacked_by(name: str) -> Change:
+        return lambda summary: summary["setting"].update(attack=name)
+
+    runs = [
+        make_run(tmp_path / "few", "none", malicious=2, refusal=(1.0, 0.96), change=attacked_by("harmful_data")),
+        make_run(tmp_path / "many", "none", malicious=7, refusal=(1.0, 0.04), change=attacked_by("harmful_data")),
+        make_run(tmp_path / "kept", "submitted", malicious=7, refusal=(1.0, 0.92), change=attacked_by("blend")),
+    ]
+    text = Page(write(runs, tmp_path / "out")).text
+    assert "fell from 1.00 to 0.04 at worst; with kept it ended at 0.92." in text
+    assert "2 attacks." in text
+    one = Page(write(runs[:2], tmp_path / "one")).text
+    assert "attack: harmful_data." in one
+
+
 def test_detection_cost_answers_and_provenance(tmp_path: Path) -> None:
     page = Page(write(four_runs(tmp_path), tmp_path))
     assert (tmp_path / "report.html").is_file()

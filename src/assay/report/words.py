@@ -29,13 +29,15 @@ def headline(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
     if not measured:
         return [*pieces, ("Refusal of harmful prompts was not measured.", None)]
     subject = "the model’s refusal of harmful prompts"
-    bare = next((run for _, run in measured if run.kind == "undefended"), None)
+    undefended = [run for _, run in measured if run.kind == "undefended"]  # of a grid: at every share, for every attack
+    bare = min(undefended, key=lambda run: run.end("refusal_rate") or 0.0, default=None)
     rest = [(i, run) for i, run in measured if run.kind != "undefended"]
     if len(rest) > 3:  # the best and the worst end
         ranked = sorted(rest, key=lambda item: -(item[1].end("refusal_rate") or 0.0))
         rest = [ranked[0], ranked[-1]]
     if bare is not None:
-        pieces.append((f"Undefended, {subject} {_moved(bare)}", None))
+        worst = " at worst" if len(undefended) > 1 else ""
+        pieces.append((f"Undefended, {subject} {_moved(bare)}{worst}", None))
     for turn, (i, run) in enumerate(rest):
         if bare is not None:
             before = "; with " if turn == 0 else ", with "
