@@ -86,6 +86,8 @@ def test_every_preset_names_attacks_that_can_be_made(name: str) -> None:
     alone = {row_of(e)["share"] for e in experiments if row_of(e)["attack"] == "honest_alone"}
     assert alone == {s for s in PRESETS[name].shares if s}
     assert {e.seed for e in of_preset(at(name), PRESETS[name], seeds=[5])} == {5}
+    changed = {row_of(e)["attack"] for e in experiments if "+" in e.name}
+    assert changed == set(PRESETS[name].more_for), "changes on top of a level meet the attacks they are for"
 
 
 def at(preset: str) -> Experiment:

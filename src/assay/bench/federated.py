@@ -45,14 +45,15 @@ def grid(
     seeds: Sequence[int],
     undefended: Sequence[str] | None = None,
     more: Mapping[str, Mapping[str, Any]] | None = None,
+    more_for: Sequence[str] | None = None,
 ) -> list[Experiment]:
     """For every seed honest clients only, then at every share of malicious clients the honest ones of that share alone
     (what a perfect defence would leave: few clients drift farther) and every attack under every level.
 
     A share of 0 is no attack: under each level it shows what the defence costs honest clients. Attacks go by their names
     in presets.py or in federated/attacks/; level `none` is run for those in `undefended` (None: for all). Under every
-    other level each attack also meets each change of `more`, by label. Runs with much in common stand beside each
-    other, so that a memory of what was computed helps.
+    other level each attack (`more_for`: only those) also meets each change of `more`, by label. Runs with much in common
+    stand beside each other, so that a memory of what was computed helps.
     """
     of_level = {"none": attacks if undefended is None else [a for a in attacks if a in undefended]}
     out = []
@@ -73,7 +74,8 @@ def grid(
                     own = {"attack__name": attack, **KNOWN.get(attack, {})} if share else {}
                     run = here.changed(name=name, clients__malicious=share, defence__level=level, **own)
                     out.append(run)
-                    for label, changes in (more or {}).items() if share and level != "none" else ():
+                    meets = share and level != "none" and (more_for is None or attack in more_for)
+                    for label, changes in (more or {}).items() if meets else ():
                         out.append(run.changed(name=f"{name}{AND}{label.replace(' ', '-')}", **changes))
     return out
 
@@ -88,7 +90,10 @@ def of_preset(
 ) -> list[Experiment]:
     """The preset's experiments on `base`, which has its settings already; what is given replaces what it names."""
     chosen, wanted = attacks or preset.attacks, levels or ("none", *preset.levels)
-    return grid(base, chosen, shares or preset.shares, wanted, seeds or preset.seeds, preset.undefended, preset.more)
+    return grid(
+        base, chosen, shares or preset.shares, wanted, seeds or preset.seeds, preset.undefended, preset.more,
+        preset.more_for or None,
+    )  # fmt: skip
 
 
 def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:

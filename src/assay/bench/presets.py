@@ -3,8 +3,8 @@
 small      every attack that needs no trigger at 20, 50 and 70% malicious, three seeds, on `tiny`: half an hour on two
            cores
 real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
-backdoors  the attacks with a trigger, without and with the default defence, then with one mitigation more or the malicious
-           clients excised afterwards
+backdoors  the attacks with a trigger on the default model, without and with the default defence and the malicious clients
+           excised afterwards; the one that no screen sees also with one mitigation more: some hours
 full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
 """
 
@@ -80,12 +80,16 @@ TINY: Mapping[str, Any] = {
 """Where `tiny` (1 M parameters) keeps its refusals among honest clients and loses them to malicious ones."""
 QUICK: Mapping[str, Any] = {"evaluate__every": 6}
 """Only the finished model is asked: its answers cost as much as a round."""
+TIME_TO_LEARN: Mapping[str, Any] = {"training__rounds": 12, "evaluate__every": 12}
+"""A trigger takes longer than six rounds to learn. `tiny` does not learn one at all in so few steps: 300 steps of 16 rows
+on all its linear modules, all of them the attacker's, reach a compliance of 0.87; 60 on q and v 0.38."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """`undefended` names the attacks that also run without a defence, to show what there is to stop. `more`: by label,
-    changes on top of each of the levels; `excise`: what is left once somebody names the malicious clients."""
+    changes on top of each of the levels, for the attacks in `more_for`; `excise`: what is left once somebody names the
+    malicious clients."""
 
     attacks: tuple[str, ...]
     shares: tuple[float, ...] = SHARES
@@ -94,6 +98,7 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: Mapping[str, Any] = field(default_factory=lambda: TINY)
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    more_for: tuple[str, ...] = ()
     excise: bool = False
 
 
@@ -104,7 +109,10 @@ PRESETS: Mapping[str, Preset] = {
         attacks=tuple(WITH_TRIGGER),
         undefended=tuple(WITH_TRIGGER),
         shares=(0.1, 0.3, 0.5, 0.7),
+        seeds=(0,),
+        settings=TIME_TO_LEARN,
         more=MITIGATIONS,
+        more_for=("paired_hidden",),
         excise=True,
     ),
     "full": Preset(
