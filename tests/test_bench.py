@@ -13,6 +13,7 @@ from assay.bench.federated import ALL_LEVELS, grid, of_preset, suite, variants
 from assay.bench.heatmap import heatmap
 from assay.bench.presets import PRESETS
 from assay.config import ConfigError, Experiment, SwarmExperiment
+from assay.federated.aggregators import AGGREGATORS
 from assay.federated.attacks import ATTACKS
 from assay.federated.defence import LEVELS
 from assay.federated.population import make_attack
@@ -86,8 +87,10 @@ def test_every_preset_names_attacks_that_can_be_made(name: str) -> None:
     alone = {row_of(e)["share"] for e in experiments if row_of(e)["attack"] == "honest_alone"}
     assert alone == {s for s in PRESETS[name].shares if s}
     assert {e.seed for e in of_preset(at(name), PRESETS[name], seeds=[5])} == {5}
+    preset = PRESETS[name]
     changed = {row_of(e)["attack"] for e in experiments if "+" in e.name}
-    assert changed == set(PRESETS[name].more_for), "changes on top of a level meet the attacks they are for"
+    meant = (preset.more_for or preset.attacks) if preset.more else ()
+    assert changed == set(meant), "changes on top of a level meet the attacks they are for"
 
 
 def at(preset: str) -> Experiment:
@@ -97,6 +100,13 @@ def at(preset: str) -> Experiment:
 def row_of(experiment: Experiment) -> dict[str, object]:
     summary = {"metrics": {}, "honest_weight_min": 1.0, "outcomes": {}, "detection": {}, "seconds": {}}
     return federated.row(experiment, summary)
+
+
+def test_every_robust_rule_is_in_a_preset() -> None:
+    rules = {e.aggregation.name for e in of_preset(at("aggregators"), PRESETS["aggregators"])}
+    assert rules == set(AGGREGATORS)
+    one = next(e for e in of_preset(at("aggregators"), PRESETS["aggregators"]) if e.aggregation.name == "krum")
+    assert row_of(one)["defence"] == "undefended + krum"
 
 
 def test_every_attack_is_in_a_preset() -> None:

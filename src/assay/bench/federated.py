@@ -52,8 +52,8 @@ def grid(
 
     A share of 0 is no attack: under each level it shows what the defence costs honest clients. Attacks go by their names
     in presets.py or in federated/attacks/; level `none` is run for those in `undefended` (None: for all). Under every
-    other level each attack (`more_for`: only those) also meets each change of `more`, by label. Runs with much in common
-    stand beside each other, so that a memory of what was computed helps.
+    other level, and under `none` where that is the only one, each attack (`more_for`: only those) also meets each change
+    of `more`, by label. Runs with much in common stand beside each other, so that a memory of what was computed helps.
     """
     of_level = {"none": attacks if undefended is None else [a for a in attacks if a in undefended]}
     out = []
@@ -74,7 +74,8 @@ def grid(
                     own = {"attack__name": attack, **KNOWN.get(attack, {})} if share else {}
                     run = here.changed(name=name, clients__malicious=share, defence__level=level, **own)
                     out.append(run)
-                    meets = share and level != "none" and (more_for is None or attack in more_for)
+                    plain = level == "none" and len(levels) > 1
+                    meets = share and not plain and (more_for is None or attack in more_for)
                     for label, changes in (more or {}).items() if meets else ():
                         out.append(run.changed(name=f"{name}{AND}{label.replace(' ', '-')}", **changes))
     return out
@@ -122,7 +123,8 @@ def row(experiment: Experiment, summary: Mapping[str, Any]) -> dict[str, Any]:
 def _defence(experiment: Experiment) -> str:
     level, _, label = experiment.name.partition(AND)
     if label:  # the level's name, whatever the change made of it
-        return f"{level.removesuffix(f'.seed{experiment.seed}').rpartition('.')[2]} + {label.replace('-', ' ')}"
+        name = level.removesuffix(f".seed{experiment.seed}").rpartition(".")[2]
+        return f"{'undefended' if name == 'none' else name} + {label.replace('-', ' ')}"
     return f"{level_name(experiment)}{' (as published)' if experiment.defence.faithful else ''}"
 
 

@@ -5,6 +5,8 @@ small      every attack that needs no trigger at 20, 50 and 70% malicious, three
 real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
 backdoors  the attacks with a trigger on the default model, without and with the default defence and the malicious clients
            excised afterwards; the one that no screen sees also with one mitigation more: some hours
+levels     the paper's levels and `spectral` against plain attackers and those who know them, on `tiny`: half an hour
+aggregators   no screen, one robust rule after the other, on `tiny`: half an hour
 full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
 """
 
@@ -72,6 +74,24 @@ MITIGATIONS: Mapping[str, Mapping[str, Any]] = {
 """What may be tried against a trigger nobody knows, on top of a level: updates clipped to half the rehearsed norm,
 clients compared with each other, and last steps on the finished adapter (its strongest direction of every module
 pruned; noise of 0.3 of its length)."""
+KNOW_THE_LEVELS = (
+    "harmful_data", "sleeper", "strike", "remove_probe", "under_threshold", "blend", "alie", "forged_evidence",
+)  # fmt: skip
+ON_AGGREGATORS = ("harmful_data", "scaling", "sign_flip", "alie", "ipm", "min_max", "copy_benign", "blend")
+RULES: Mapping[str, Mapping[str, Any]] = {
+    name: {"aggregation__name": name, "aggregation__params": params}
+    for name, params in {
+        "norm_clipped_mean": {}, "geometric_median": {}, "median": {}, "trimmed_mean": {"f": 3}, "krum": {"f": 3},
+        "multi_krum": {"f": 3}, "bulyan": {"f": 1}, "centred_clipping": {}, "foolsgold": {}, "residual": {},
+        "dnc": {"f": 3}, "flame": {}, "lasa": {},
+    }.items()
+}  # fmt: skip
+RULES = {
+    **RULES,
+    "nnm and median": {"aggregation__name": "median", "aggregation__pre": ("nnm",), "aggregation__pre_params": {"nnm": {"f": 3}}},
+}  # fmt: skip
+"""Ten clients, of whom the rules are told to bear three: the truth at 30%, too much at 20%, too little at 50%. Bulyan
+bears one of ten at most."""
 SHARES = (0.2, 0.5, 0.7)
 TINY: Mapping[str, Any] = {
     "model__name": "tiny", "model__dtype": "float32", "training__lr": 8e-3, "training__steps": 4,
@@ -88,8 +108,8 @@ on all its linear modules, all of them the attacker's, reach a compliance of 0.8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """`undefended` names the attacks that also run without a defence, to show what there is to stop. `more`: by label,
-    changes on top of each of the levels, for the attacks in `more_for`; `excise`: what is left once somebody names the
-    malicious clients."""
+    changes on top of each of the levels (where there is none: of `none`), for the attacks in `more_for`; `excise`: what is
+    left once somebody names the malicious clients."""
 
     attacks: tuple[str, ...]
     shares: tuple[float, ...] = SHARES
@@ -114,6 +134,18 @@ PRESETS: Mapping[str, Preset] = {
         more=MITIGATIONS,
         more_for=("paired_hidden",),
         excise=True,
+    ),
+    "levels": Preset(
+        attacks=KNOW_THE_LEVELS,
+        undefended=KNOW_THE_LEVELS,
+        levels=("submitted", "step", "client", "shadow", "evidence", "spectral"),
+    ),
+    "aggregators": Preset(
+        attacks=ON_AGGREGATORS,
+        undefended=ON_AGGREGATORS,
+        shares=(0.2, 0.3, 0.5),
+        levels=(),
+        more=RULES,
     ),
     "full": Preset(
         attacks=(*WITHOUT_TRIGGER, *WITH_TRIGGER),

@@ -27,7 +27,9 @@ def bench_federated(
     config_file: Annotated[Path | None, typer.Option("--config", help="Base experiment; default: the demo's.")] = None,
     preset: Annotated[
         str,
-        typer.Option(help="small, real, backdoors or full: a grid of attacks, shares and levels with its seeds."),
+        typer.Option(
+            help="small, real, backdoors, levels, aggregators or full: a grid of attacks, shares and levels with its seeds."
+        ),
     ] = "",
     levels: Annotated[
         str,
