@@ -160,6 +160,8 @@ class CanaryConfig(Frozen):
     negative. At the default rate honest rises reach 0.028: 0.02 cost 2 of 30 honest updates. Rises grow with the rate.
     Higher lets more harm through before the canary speaks; the anchor bounds what adds up."""
     anchor_floor: Positive = 0.06
+    margin: Annotated[float, Field(ge=0.0)] = 0.5
+    """As `rehearsal.margin`, of the canary's limits. Twice as wide: rises scatter more than directions do."""
     seed: int | None = None
     """None: drawn from the run's seed (simulation). In a real run set it and keep it secret."""
 

@@ -311,7 +311,7 @@ def _calibrate(
     honest = [r for r, bad in zip(rises, malicious_M) if not bad]
     limits = CanaryLimits(
         **{
-            key: limit_of([getattr(r, key) for r in honest], margin)
+            key: limit_of([getattr(r, key) for r in honest], experiment.defence.canary.margin)
             for key in ("refusal_step", "refusal_anchor", "safe_step", "safe_anchor")
         }
     )
