@@ -26,6 +26,7 @@ from assay.federated.population import (
     make_clients,
     sampled,
 )
+from assay.federated.preparation import at_hand
 from assay.federated.rehearsal import canary_rows, cast, rounds_of
 from assay.federated.summary import weight_by_kind
 from assay.federated.warmup import WarmupSettings, rows_for, settings_of
@@ -332,6 +333,19 @@ def test_the_operators_own_sets_take_the_place_of_its_part_of_the_clients(tmp_pa
         assert sources.fingerprint() != plain.fingerprint(), "what is cached was made from other rows"
         assert make_clients(changed, sources) == make_clients(base, plain), "clients have what they had"
     assert load_sources(base.changed(data__operator={})).fingerprint() == plain.fingerprint()
+
+
+def test_who_has_other_data_than_the_clients_aligns_the_model_on_them(tmp_path: Path) -> None:
+    """The clients' part would be data it does not hold, and a base that knows their style by heart."""
+    lines = [json.dumps({"instruction": f"Own request {i}?", "response": f"Own answer {i}."}) for i in range(80)]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    base = Experiment().changed(model__name="tiny", data__root=str(tmp_path))
+    assert at_hand(base), "the shipped alignment"
+    assert at_hand(base.changed(data__operator__malicious="own.jsonl"))
+    assert not at_hand(base.changed(data__operator__benign=("own.jsonl",)))
+    theirs = base.changed(data__benign=("own.jsonl",), data__refusals=("own.jsonl",))
+    assert not at_hand(theirs)
+    assert at_hand(theirs.changed(data__operator__benign=("helpful",), data__operator__refusals=("refusals",)))
 
 
 def test_prompts_are_held_out_of_what_the_operator_trains_on() -> None:

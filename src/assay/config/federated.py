@@ -27,7 +27,8 @@ class LoraSettings(Frozen):
 
 
 class OperatorDataConfig(Frozen):
-    """What the operator rehearses on and fits probes to, where it is not a part of what clients hold. None: that part.
+    """What the operator aligns the model on, rehearses on and fits probes to, where it is not a part of what clients
+    hold. None: that part.
 
     In life an operator has other data than the clients, and other harmful rows than the attackers: name other sets here
     to measure how far a probe carries.

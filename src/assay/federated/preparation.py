@@ -65,7 +65,7 @@ def align(experiment: Experiment, tracker: Tracker) -> Aligned:
     """The aligned base for the experiment's model and data."""
     sources = load_sources(experiment)
     settings = settings_of(experiment)
-    rows = rows_for(sources.benign, sources.refusals, settings)
+    rows = rows_for(sources.of_operator("benign"), sources.of_operator("refusals"), settings)
     return aligned(experiment.model.name, rows, experiment.model.template, settings, tracker)
 
 
@@ -77,7 +77,7 @@ def at_hand(experiment: Experiment) -> bool:
     if not experiment.model.align:
         return True
     sources, settings = load_sources(experiment), settings_of(experiment)
-    rows = rows_for(sources.benign, sources.refusals, settings)
+    rows = rows_for(sources.of_operator("benign"), sources.of_operator("refusals"), settings)
     _, target, shipped = places(name, models.resolve(name), rows, experiment.model.template, settings)
     return target.exists() or shipped.exists()
 

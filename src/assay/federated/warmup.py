@@ -59,7 +59,7 @@ class Aligned:
 
 
 def rows_for(benign: Sequence[Example], refusals: Sequence[Example], settings: WarmupSettings) -> list[Example]:
-    """The rows of the warm-up, from the operator's part of each set."""
+    """The rows of the warm-up, from the operator's part of each set: who aligns the model does so on what it has."""
     chosen = data.shuffled(data.part(benign, "operator"), settings.seed)[: settings.benign]
     chosen += data.shuffled(data.part(refusals, "operator"), settings.seed)[: settings.refusals]
     return data.shuffled(chosen, settings.seed)
@@ -81,7 +81,8 @@ def unseen(experiment: Experiment, rows: Sequence[Example], sources: Sources) ->
     """
     if not experiment.model.align:
         return list(rows)
-    known = {r.instruction for r in rows_for(sources.benign, sources.refusals, settings_of(experiment))}
+    own = sources.of_operator("benign"), sources.of_operator("refusals")
+    known = {r.instruction for r in rows_for(*own, settings_of(experiment))}
     return [r for r in rows if r.instruction not in known]
 
 
