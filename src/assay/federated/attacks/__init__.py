@@ -23,6 +23,7 @@ from assay.federated.attacks.adaptive import Blend, MatchNorms, OnlyA, RemovePro
 from assay.federated.attacks.backdoor import PairedBackdoor, UnpairedBackdoor, triggered
 from assay.federated.attacks.claims import ForgedEvidence, InflateCounts
 from assay.federated.attacks.data import HarmfulData, OneTopic, Sleeper, Slow, Strike
+from assay.federated.attacks.factors import Gauge
 from assay.federated.attacks.seat import (
     AddsObjective,
     Branch,
@@ -68,6 +69,7 @@ ATTACKS: Mapping[str, Callable[..., Any]] = {
     "remove_probe": RemoveProbe,
     "transplant": Transplant,
     "only_a": OnlyA,
+    "gauge": Gauge,
     "blend": Blend,
     "under_threshold": UnderThreshold,
     "match_norms": MatchNorms,
