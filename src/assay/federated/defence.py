@@ -240,6 +240,13 @@ def _neighbours(experiment: Experiment, material: Material, given: Mapping[str, 
     return Parts(fixed, {"limit": rehearsal.neighbour_limit, "k": experiment.defence.neighbours})
 
 
+def _balance(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
+    rehearsal, _ = material.rehearsal()
+    if rehearsal.spread is None:
+        raise ConfigError("screen balance: the rehearsal at hand is older than this screen; rehearse again")
+    return Parts({"spread": rehearsal.spread}, {})
+
+
 def _canary(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
     rehearsal, measure = material.rehearsal()
     return Parts({"measure": measure, "limits": rehearsal.canary_limits(experiment.defence.canary)}, {})
@@ -293,6 +300,7 @@ BUILDERS: Mapping[str, Builder] = {
     "norm": _norm,
     "probe": _probe,
     "neighbours": _neighbours,
+    "balance": _balance,
     "canary": _canary,
     "step": _step,
     "client": _client,

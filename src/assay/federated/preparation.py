@@ -17,7 +17,7 @@ from assay.federated import scaffold, server_opt
 from assay.federated.canary import Measure
 from assay.federated.collect import CollectSettings, collect, fit_probe
 from assay.federated.compute import Compute
-from assay.federated.defence import Material
+from assay.federated.defence import Material, names
 from assay.federated.evaluate import loss_settings
 from assay.federated.local_sft import LocalSettings
 from assay.federated.population import Sources, load_sources, make_attack
@@ -182,7 +182,9 @@ def get_rehearsal(
     key = rehearsal_key(experiment, prepared, sources)
     path = models.cache_dir() / "rehearsals" / f"{key[:16]}.safetensors"
     if path.exists():
-        return Rehearsal.load(path)
+        found = Rehearsal.load(path)
+        if found.spread is not None or "balance" not in names(experiment):  # a file of before the screen: play again
+            return found
     config = experiment.defence.rehearsal
     again = 8 if experiment.training.prox_mu and experiment.training.optimizer == "adamw" else 0
     rounds = rounds_of(experiment)

@@ -29,6 +29,7 @@ from assay.config import CanaryConfig, ConfigError, Experiment
 from assay.contribution import Tensors, flatten, unflatten
 from assay.data import Example
 from assay.federated import aggregators, scaffold, server_opt
+from assay.federated.balance import Spread, shares
 from assay.federated.canary import CanaryLimits, Measure, Rise
 from assay.federated.compute import Compute, Tick, TrainJob, no_tick
 from assay.federated.local_sft import LocalSettings
@@ -61,6 +62,8 @@ class Rehearsal:
     neighbour_limit: float
     canary: CanaryLimits
     notes: dict[str, Any]
+    spread: Spread | None = None
+    """Honest shares of lora_A (screen `balance`); None in files from before there was one."""
 
     def norm_limit(self, round: int, lr: float) -> float:
         """Largest honest norm of `round` (1-based; later rounds: the last rehearsed one), scaled to its rate.
@@ -92,7 +95,9 @@ class Rehearsal:
             "bias": self.probe.bias,
             "base_sha256": self.probe.base_sha256,
         }
-        tensors = {"bank": self.bank_MD, "malicious": self.malicious_M.astype(np.uint8), "weight": self.probe.weight_D}
+        tensors: dict[str, NDArray[Any]] = {"bank": self.bank_MD, "malicious": self.malicious_M.astype(np.uint8), "weight": self.probe.weight_D}
+        if self.spread is not None:
+            tensors |= {"share_middle": self.spread.middle_RS, "share_reach": self.spread.reach_S}
         write_atomic(path, save_safetensors(tensors, {"assay": json.dumps(header, sort_keys=True)}))
 
     @classmethod
@@ -102,6 +107,8 @@ class Rehearsal:
             if header["format"] != FORMAT:
                 raise ConfigError(f"{path}: not a rehearsal of format {FORMAT}; delete it to rehearse again")
             bank, malicious, weight = (file.get_tensor(n) for n in ("bank", "malicious", "weight"))
+            known = "share_middle" in file.keys()  # noqa: SIM118 - no dict
+            spread = Spread(file.get_tensor("share_middle"), file.get_tensor("share_reach")) if known else None
         probe = Probe(weight_D=weight, bias=header["bias"], features="all_b", base_sha256=header["base_sha256"])
         return cls(
             bank_MD=bank,
@@ -113,6 +120,7 @@ class Rehearsal:
             neighbour_limit=header["neighbour_limit"],
             canary=CanaryLimits(**header["canary"]),
             notes=header["notes"],
+            spread=spread,
         )
 
 
@@ -204,7 +212,7 @@ def rehearse(
     adapter, anchor = initial, measure([initial])[0]
     opt, average = server_opt.of(experiment.server), aggregators.make("mean")
     opt_state, controls = opt.init(flatten(initial)), dict[str, NDArray[np.float32]]()
-    bank, actors_M, norms, rises = [], [], [], []
+    bank, actors_M, norms, rises, share_RNS = [], [], [], [], []
     actors = cast(experiment, sources)
     honest_N = np.array([not a.malicious for a in actors])
     left_N = _left(honest_N, config.honest, experiment.seed)
@@ -225,6 +233,7 @@ def rehearse(
         delta_ND = np.stack([flatten(t) for t in made]) - base_D
         norms.append(_reach(compute, jobs, delta_ND, honest_N, base_D, experiment, tick))
         bank.append(unit_rows(feature_deltas(made, adapter, "all_b")).astype(np.float16))
+        share_RNS.append([shares(t, adapter) for t, ok in zip(made, honest_N) if ok])
         actors_M += actors
         rises += [Rise.of(losses, start, anchor) for losses in after]
         if experiment.training.scaffold:  # as if all but those left had been refused
@@ -233,7 +242,9 @@ def rehearse(
         params_D, opt_state = opt.update(delta_ND[left_N].mean(axis=0), opt_state, base_D)
         adapter = unflatten(params_D, adapter)
     lrs = [settings_of_round[min(r, len(settings_of_round) - 1)].lr for r in range(rounds_of(experiment))]
-    return _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
+    spread = Spread.of(np.array(share_RNS), config.margin)
+    made_of = _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
+    return replace(made_of, spread=spread)
 
 
 def _left(honest_N: NDArray[np.bool_], count: int, seed: int) -> NDArray[np.bool_]:

@@ -21,6 +21,7 @@ from assay.config import ConfigError
 from assay.contribution import Tensors, flatten, unflatten
 from assay.federated.attacks.adaptive import Blend, MatchNorms, OnlyA, RemoveProbe, Transplant, UnderThreshold
 from assay.federated.attacks.backdoor import PairedBackdoor, UnpairedBackdoor, triggered
+from assay.federated.attacks.budget import AnchorPusher
 from assay.federated.attacks.claims import ForgedEvidence, InflateCounts
 from assay.federated.attacks.data import HarmfulData, OneTopic, Sleeper, Slow, Strike
 from assay.federated.attacks.factors import Gauge
@@ -72,6 +73,7 @@ ATTACKS: Mapping[str, Callable[..., Any]] = {
     "gauge": Gauge,
     "blend": Blend,
     "under_threshold": UnderThreshold,
+    "anchor_pusher": AnchorPusher,
     "match_norms": MatchNorms,
     "gradient_penalty": GradientPenalty,
     "canary_aware": CanaryAware,
