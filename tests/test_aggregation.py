@@ -341,7 +341,9 @@ def test_rows_within_their_length_stay_bit_for_bit(delta_ND: np.ndarray, most: f
 def test_a_bounded_round_is_replayed_as_it_was_and_monitoring_cuts_nothing() -> None:
     state = fresh()
     long = moved(state, np.full(flatten(state.adapter).size, 0.5))
-    guard = Defence(level="custom", screens=(Norm(lambda i: 1.0, refuse=1e9, acts="length"),), monitor=frozenset({"norm"}))
+    guard = Defence(
+        level="custom", screens=(Norm(lambda i: 1.0, refuse=1e9, acts="length"),), monitor=frozenset({"norm"})
+    )
     config, opt = AggregationConfig(), server_opt.make("fedavg")
     after, outcome = run_round(state, [update("c0", long, 1)], [], guard, make("mean"), opt, config, 1)
     np.testing.assert_allclose(flatten(after.adapter), flatten(long), rtol=1e-6)
@@ -371,7 +373,7 @@ def test_too_few_skip_the_round_and_say_who_is_missing_or_bear_fewer(
     skipping = AggregationConfig(name=name, params=params)
     after, outcome = play(state, sent | {"x": broken}, skipping)
     assert outcome.result == "skipped"
-    assert f"bears f attackers only among at least" in outcome.why
+    assert "bears f attackers only among at least" in outcome.why
     assert outcome.why.endswith(f"{present + 1} sent something, 1 of them refused")
     assert np.array_equal(flatten(after.adapter), flatten(state.adapter))
     after, outcome = play(state, sent | {"x": broken}, skipping.model_copy(update={"quorum": "shrink"}))
@@ -391,9 +393,7 @@ def test_what_no_f_makes_possible_stays_skipped() -> None:
 def test_mixing_shrinks_with_its_rule() -> None:
     state, rng = fresh(), np.random.default_rng(4)
     sent = {f"c{i}": moved(state, rng.standard_normal(flatten(state.adapter).size)) for i in range(5)}
-    asked = AggregationConfig(
-        name="krum", params={"f": 3}, pre=("nnm",), pre_params={"nnm": {"f": 3}}, quorum="shrink"
-    )
+    asked = AggregationConfig(name="krum", params={"f": 3}, pre=("nnm",), pre_params={"nnm": {"f": 3}}, quorum="shrink")
     after, outcome = play(state, sent, asked)
     assert outcome.why.startswith("f shrunk to 1:")
     told = asked.model_copy(update={"params": {"f": 1}, "pre_params": {"nnm": {"f": 1}}, "quorum": "skip"})

@@ -3,6 +3,8 @@
 small      every attack that needs no trigger at 20, 50 and 70% malicious, three seeds, on `tiny`: half an hour on two
            cores
 real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
+factors    poison in lora_A and adapters in other factors, under the default defence, with screen `balance` more, and with
+           exact averages of BA: on `tiny`
 backdoors  the attacks with a trigger, without and with the default defence, then with one mitigation more or the malicious
            clients excised afterwards
 full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
@@ -38,6 +40,9 @@ WITHOUT_TRIGGER: Mapping[str, Mapping[str, Any]] = {
     "copy_benign": {},
     "transplant": {},
     "only_a": {},
+    "only_a_matched": {"attack__name": "only_a+match_norms"},
+    "gauge": {},
+    "anchor_pusher": {},
     "remove_probe": {},
     "under_threshold": {},
     "blend": {},
@@ -72,6 +77,11 @@ MITIGATIONS: Mapping[str, Mapping[str, Any]] = {
 """What may be tried against a trigger nobody knows, on top of a level: updates clipped to half the rehearsed norm,
 clients compared with each other, and last steps on the finished adapter (its strongest direction of every module
 pruned; noise of 0.3 of its length)."""
+FACTORS: Mapping[str, Mapping[str, Any]] = {
+    "balance": {"defence__screens": (*LEVELS["submitted"][:4], "balance", *LEVELS["submitted"][4:])},
+    "product": {"aggregation__average": "product"},
+}
+"""What may be tried against attacks on the factors, on top of a level."""
 SHARES = (0.2, 0.5, 0.7)
 TINY: Mapping[str, Any] = {
     "model__name": "tiny", "model__dtype": "float32", "training__lr": 8e-3, "training__steps": 4,
@@ -100,6 +110,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     "small": Preset(attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence")),  # no evidence is asked for
     "real": Preset(attacks=DIFFERENT, settings=QUICK),
+    "factors": Preset(attacks=("only_a", "only_a_matched", "gauge"), undefended=(), more=FACTORS),
     "backdoors": Preset(
         attacks=tuple(WITH_TRIGGER),
         undefended=tuple(WITH_TRIGGER),

@@ -40,7 +40,9 @@ def shares(adapter: Tensors, start: Tensors) -> NDArray[np.float64]:
                           for n in modules(start)]).reshape(-1, 2)  # fmt: skip
     square_S2 = np.vstack([square_M2, square_M2.sum(axis=0)])
     whole_S = square_S2.sum(axis=1)
-    share_S: NDArray[np.float64] = np.divide(square_S2[:, 0], whole_S, out=np.full(len(whole_S), 0.5), where=whole_S > 0)
+    share_S: NDArray[np.float64] = np.divide(
+        square_S2[:, 0], whole_S, out=np.full(len(whole_S), 0.5), where=whole_S > 0
+    )
     return share_S
 
 

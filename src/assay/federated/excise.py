@@ -180,9 +180,7 @@ def excise(script: Script, clients: Sequence[str]) -> Excised:
             ours = theirs = None
             try:
                 if left_N.any():
-                    ours = merge(
-                        updates, names, start, left_N, aggregate, experiment.aggregation, memory, longest_N
-                    )
+                    ours = merge(updates, names, start, left_N, aggregate, experiment.aggregation, memory, longest_N)
                     memory = ours.memory
                 else:
                     outcome = "skipped: nobody is left"

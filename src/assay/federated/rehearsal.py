@@ -95,7 +95,11 @@ class Rehearsal:
             "bias": self.probe.bias,
             "base_sha256": self.probe.base_sha256,
         }
-        tensors: dict[str, NDArray[Any]] = {"bank": self.bank_MD, "malicious": self.malicious_M.astype(np.uint8), "weight": self.probe.weight_D}
+        tensors: dict[str, NDArray[Any]] = {
+            "bank": self.bank_MD,
+            "malicious": self.malicious_M.astype(np.uint8),
+            "weight": self.probe.weight_D,
+        }
         if self.spread is not None:
             tensors |= {"share_middle": self.spread.middle_RS, "share_reach": self.spread.reach_S}
         write_atomic(path, save_safetensors(tensors, {"assay": json.dumps(header, sort_keys=True)}))
