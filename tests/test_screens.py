@@ -17,6 +17,7 @@ from assay import contribution
 from assay.config import ConfigError, Experiment
 from assay.contribution import LoraUpdate, Refusal, Round, flatten, tensors_sha256
 from assay.federated import aggregators, screens, server_opt
+from assay.federated.balance import Balance, Spread
 from assay.federated.canary import Canary, CanaryLimits, Gate, Losses, Rise
 from assay.federated.claims import Ordered
 from assay.federated.defence import LEVELS, Defence
@@ -212,7 +213,7 @@ def test_a_cosine_read_in_blocks_is_that_of_the_whole(monkeypatch: pytest.Monkey
         np.testing.assert_array_equal(found_ND, here.deltas())
 
 
-@pytest.mark.parametrize("name", ["structure", "norm", "duplicate", "probe", "neighbours", "spectral"])
+@pytest.mark.parametrize("name", ["structure", "norm", "duplicate", "probe", "neighbours", "balance", "spectral"])
 def test_memory_of_a_screen_is_a_quarter_of_the_updates(name: str) -> None:
     """Beyond the updates themselves and the bank: a matrix of all of them in float64 would be twice as much as they."""
     rng, width = np.random.default_rng(0), 4096
@@ -231,6 +232,7 @@ def test_memory_of_a_screen_is_a_quarter_of_the_updates(name: str) -> None:
         "duplicate": Duplicate,
         "probe": lambda: ProbeFilter(Probe(weight_D=np.ones(half, np.float32), bias=0.0, features="all_b"), 1.0),
         "neighbours": lambda: Neighbours(np.ones((64, half), np.float16), np.arange(64) % 2 == 0, 1.2),
+        "balance": lambda: Balance(Spread(np.full((1, 17), 0.5, np.float32), np.ones(17, np.float32))),
         "spectral": Spectral,
     }
     screen, here = made[name](), Round(index=1, start=start, initial=start, updates=sent)

@@ -9,7 +9,7 @@ import numpy as np
 
 from assay.federated.attacks.adaptive import largest_step
 from assay.federated.attacks.data import check_positive, check_share
-from assay.federated.attacks.seat import Branch, Delta, Seat, Seen, delta_of
+from assay.federated.attacks.seat import Branch, Delta, Seat, Seen, delta_of, deltas_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class AnchorPusher:
 
     The anchor bounds what refusals may have lost since round 0, for all clients together. Where attackers spend it,
     any honest step that costs a little breaks it, and the honest are refused. `spend` is the share of the canary's limits
-    it goes to; it starts from its clean update, `reach` 1 is the poisoned one. Knows all: probe, bank, thresholds, secret
+    it goes to. From its own clean update towards the poison that the colluders have in common (their means), so that
+    averaging does not cancel it; `reach` 1 is the whole way. Knows all: probe, bank, thresholds, secret
     prompts and the canary's limits. Where the level has no canary it is `under_threshold`.
     """
 
@@ -35,7 +36,7 @@ class AnchorPusher:
 
     def change(self, seat: Seat, delta_D: Delta, seen: Seen) -> Delta:
         clean_D = delta_of(seat, seen.mine["clean"])
-        towards_D = delta_D - clean_D
+        towards_D = deltas_of(seat, seen, "main").mean(axis=0) - deltas_of(seat, seen, "clean").mean(axis=0)
         step = largest_step(seat.defence, clean_D, towards_D, self.reach, self.margin)
         return np.asarray(clean_D + self._affordable(seat, clean_D, towards_D, step) * towards_D, np.float32)
 
