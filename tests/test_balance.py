@@ -25,9 +25,7 @@ from assay.federated.rehearsal import Rehearsal
 from assay.verdict import Reason, Verdict
 
 MODULES = [f"model.layers.{i}.q_proj" for i in (0, 1)]
-START = {
-    f"{m}.lora_{ab}.weight": np.zeros((2, 4) if ab == "A" else (4, 2), np.float32) for m in MODULES for ab in "AB"
-}
+START = {f"{m}.lora_{ab}.weight": np.zeros((2, 4) if ab == "A" else (4, 2), np.float32) for m in MODULES for ab in "AB"}
 
 
 def moved(a: float, b: float, second: tuple[float, float] | None = None) -> dict[str, NDArray[np.float32]]:
@@ -112,7 +110,9 @@ def test_a_file_keeps_what_was_rehearsed_and_one_of_before_can_be_read(spread: S
 def material(spread: Spread | None) -> Material:
     probe = rehearsal(None).probe
     return Material(
-        probe=lambda: probe, rehearsal=lambda: (rehearsal(spread), None), lr_of_round=lambda r: 1e-3  # type: ignore[arg-type, return-value]
+        probe=lambda: probe,
+        rehearsal=lambda: (rehearsal(spread), None),
+        lr_of_round=lambda r: 1e-3,  # type: ignore[arg-type, return-value]
     )
 
 
@@ -125,4 +125,6 @@ def test_it_is_asked_for_by_name_and_no_level_has_it_yet() -> None:
     with pytest.raises(ConfigError, match=r"screen balance: .* rehearse again"):
         defence.make(parse({"defence": {"screens": ["balance"]}}), material(None))
     with pytest.raises(ConfigError, match=r"defence\.params\.balance: floor must be above 0"):
-        defence.make(parse({"defence": {"screens": ["balance"], "params": {"balance": {"floor": 0.0}}}}), material(SPREAD))
+        defence.make(
+            parse({"defence": {"screens": ["balance"], "params": {"balance": {"floor": 0.0}}}}), material(SPREAD)
+        )

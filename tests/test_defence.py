@@ -133,7 +133,7 @@ def test_params_reach_their_screen() -> None:
         ({"params": {"neighbours": {"k": 2.5}}}, "defence.params.neighbours.k: must be a whole number"),
         ({"params": {"neighbours": {"k": 0}}}, "k must be at least 1"),
         ({"params": {"gate": {"limit": 1}}}, "defence.params.gate: no parameter 'limit'; known: none"),
-        ({"params": {"canary": {"measure": 1}}}, "no parameter 'measure'; known: none"),
+        ({"params": {"canary": {"measure": 1}}}, "no parameter 'measure'; known: anchor"),
         ({"level": "evidence", "params": {"evidence": {"audit": 0}}}, "audit must be in (0, 1]"),
         ({"level": "evidence", "params": {"evidence": {"secret": "x"}}}, "no parameter 'secret'"),
         ({"monitor": ["step"]}, "level submitted has no screen 'step'; it has structure, norm"),

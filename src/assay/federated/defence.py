@@ -240,6 +240,13 @@ def _neighbours(experiment: Experiment, material: Material, given: Mapping[str, 
     return Parts(fixed, {"limit": rehearsal.neighbour_limit, "k": experiment.defence.neighbours})
 
 
+def _probe_a(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
+    rehearsal, _ = material.rehearsal()
+    if rehearsal.probe_a is None:
+        raise ConfigError("screen probe_a: the rehearsal at hand was not asked for it; rehearse again")
+    return Parts({"probe": rehearsal.probe_a}, {"limit": rehearsal.probe_a_limit})
+
+
 def _balance(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
     rehearsal, _ = material.rehearsal()
     if rehearsal.spread is None:
@@ -301,6 +308,7 @@ BUILDERS: Mapping[str, Builder] = {
     "probe": _probe,
     "neighbours": _neighbours,
     "balance": _balance,
+    "probe_a": _probe_a,
     "canary": _canary,
     "step": _step,
     "client": _client,

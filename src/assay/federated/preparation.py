@@ -183,7 +183,9 @@ def get_rehearsal(
     path = models.cache_dir() / "rehearsals" / f"{key[:16]}.safetensors"
     if path.exists():
         found = Rehearsal.load(path)
-        if found.spread is not None or "balance" not in names(experiment):  # a file of before the screen: play again
+        lacks = {"balance": found.spread is None, "probe_a": found.probe_a is None}
+        lacks["canary"] = found.canary.refusal_usual is None and experiment.defence.params.get("canary") is not None
+        if not any(lacks.get(name) for name in names(experiment)):  # else a file of before the screen: play again
             return found
     config = experiment.defence.rehearsal
     again = 8 if experiment.training.prox_mu and experiment.training.optimizer == "adamw" else 0

@@ -13,7 +13,7 @@ Legend: M bank rows, D values.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,9 @@ class Rehearsal:
     notes: dict[str, Any]
     spread: Spread | None = None
     """Honest shares of lora_A (screen `balance`); None in files from before there was one."""
+    probe_a: Probe | None = None
+    """On lora_A, for screen `probe_a`; fitted where the experiment names it."""
+    probe_a_limit: float = PROBE_FLOOR
 
     def norm_limit(self, round: int, lr: float) -> float:
         """Largest honest norm of `round` (1-based; later rounds: the last rehearsed one), scaled to its rate.
@@ -81,6 +84,8 @@ class Rehearsal:
             refusal_anchor=max(floors.anchor_floor, raw.refusal_anchor),
             safe_step=max(floors.floor, raw.safe_step),
             safe_anchor=max(floors.anchor_floor, raw.safe_anchor),
+            refusal_usual=None if raw.refusal_usual is None else max(floors.floor / 2, raw.refusal_usual),
+            safe_usual=None if raw.safe_usual is None else max(floors.floor / 2, raw.safe_usual),
         )
 
     def save(self, path: Path) -> None:
@@ -102,6 +107,9 @@ class Rehearsal:
         }
         if self.spread is not None:
             tensors |= {"share_middle": self.spread.middle_RS, "share_reach": self.spread.reach_S}
+        if self.probe_a is not None:
+            tensors["weight_a"] = self.probe_a.weight_D
+            header |= {"bias_a": self.probe_a.bias, "probe_a_limit": self.probe_a_limit}
         write_atomic(path, save_safetensors(tensors, {"assay": json.dumps(header, sort_keys=True)}))
 
     @classmethod
@@ -112,6 +120,7 @@ class Rehearsal:
                 raise ConfigError(f"{path}: not a rehearsal of format {FORMAT}; delete it to rehearse again")
             bank, malicious, weight = (file.get_tensor(n) for n in ("bank", "malicious", "weight"))
             known = "share_middle" in file.keys()  # noqa: SIM118 - no dict
+            weight_a = file.get_tensor("weight_a") if "weight_a" in file.keys() else None  # noqa: SIM118
             spread = Spread(file.get_tensor("share_middle"), file.get_tensor("share_reach")) if known else None
         probe = Probe(weight_D=weight, bias=header["bias"], features="all_b", base_sha256=header["base_sha256"])
         return cls(
@@ -125,7 +134,13 @@ class Rehearsal:
             canary=CanaryLimits(**header["canary"]),
             notes=header["notes"],
             spread=spread,
+            **({} if weight_a is None else _of_a(weight_a, header)),
         )
+
+
+def _of_a(weight_D: NDArray[np.float32], header: Mapping[str, Any]) -> dict[str, Any]:
+    probe = Probe(weight_D=weight_D, bias=header["bias_a"], features="all_a", base_sha256=header["base_sha256"])
+    return {"probe_a": probe, "probe_a_limit": header["probe_a_limit"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +231,7 @@ def rehearse(
     adapter, anchor = initial, measure([initial])[0]
     opt, average = server_opt.of(experiment.server), aggregators.make("mean")
     opt_state, controls = opt.init(flatten(initial)), dict[str, NDArray[np.float32]]()
-    bank, actors_M, norms, rises, share_RNS = [], [], [], [], []
+    bank, actors_M, norms, rises, share_RNS, of_a = [], [], [], [], [], []
     actors = cast(experiment, sources)
     honest_N = np.array([not a.malicious for a in actors])
     left_N = _left(honest_N, config.honest, experiment.seed)
@@ -238,6 +253,8 @@ def rehearse(
         norms.append(_reach(compute, jobs, delta_ND, honest_N, base_D, experiment, tick))
         bank.append(unit_rows(feature_deltas(made, adapter, "all_b")).astype(np.float16))
         share_RNS.append([shares(t, adapter) for t, ok in zip(made, honest_N) if ok])
+        if wants_probe_a(experiment):
+            of_a.append(unit_rows(feature_deltas(made, adapter, "all_a")))
         actors_M += actors
         rises += [Rise.of(losses, start, anchor) for losses in after]
         if experiment.training.scaffold:  # as if all but those left had been refused
@@ -248,7 +265,28 @@ def rehearse(
     lrs = [settings_of_round[min(r, len(settings_of_round) - 1)].lr for r in range(rounds_of(experiment))]
     spread = Spread.of(np.array(share_RNS), config.margin)
     made_of = _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
+    if of_a:
+        probe_a, limit = _probe_on_a(np.concatenate(of_a), actors_M, config.margin, base_sha256)
+        made_of = replace(made_of, probe_a=probe_a, probe_a_limit=limit)
     return replace(made_of, spread=spread)
+
+
+def wants_probe_a(experiment: Experiment) -> bool:
+    """Whether lora_A is to be read by a probe of its own: as much again to fit as the one on lora_B."""
+    return "probe_a" in (experiment.defence.screens or ())
+
+
+def _probe_on_a(
+    x_MD: NDArray[np.float32], actors: Sequence[Actor], margin: float, base_sha256: str
+) -> tuple[Probe, float]:
+    """The probe on lora_A and its limit, by the rule of the one on lora_B: each slot scored as a stranger."""
+    malicious_M, slot_M = np.array([a.malicious for a in actors]), np.array([a.slot for a in actors])
+    logit_M = np.zeros(len(actors))
+    for slot in sorted(set(slot_M[~malicious_M])):
+        own = slot_M == slot
+        logit_M[own] = fit(x_MD[~own], malicious_M[~own], "all_a").logits(x_MD[own])
+    probe = fit(x_MD, malicious_M, "all_a", base_sha256=base_sha256)
+    return probe, max(PROBE_FLOOR, limit_of(logit_M[~malicious_M], margin))
 
 
 def _left(honest_N: NDArray[np.bool_], count: int, seed: int) -> NDArray[np.bool_]:
@@ -328,7 +366,19 @@ def _calibrate(
         **{
             key: limit_of([getattr(r, key) for r in honest], margin)
             for key in ("refusal_step", "refusal_anchor", "safe_step", "safe_anchor")
-        }
+        },
+        **{
+            f"{what}_usual": limit_of(
+                [
+                    float(
+                        np.mean([max(0.0, getattr(r, f"{what}_step")) for r, a in zip(rises, actors) if a.slot == slot])
+                    )
+                    for slot in sorted(set(slot_M[~malicious_M]))
+                ],
+                margin,
+            )
+            for what in ("refusal", "safe")
+        },
     )
     harm = [r.refusal_step for r in rises]
     return Rehearsal(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -141,6 +142,7 @@ class ProbeFilter:
     """A linear probe on the submitted update, refused above a rehearsed threshold on the logit.
 
     Stops careless attackers only: who trains a surrogate probe on his own updates removes its direction (LAB.md).
+    `probe` reads lora_B, `probe_a` lora_A: against poison that `balance` leaves there.
     """
 
     probe: Probe
@@ -227,6 +229,7 @@ SCREENS: Mapping[str, Callable[..., Screen]] = {
     "probe": ProbeFilter,
     "neighbours": Neighbours,
     "balance": Balance,
+    "probe_a": partial(ProbeFilter, name="probe_a"),
     "step": StepLevel,
     "client": ClientLevel,
     "shadow": ShadowLevel,

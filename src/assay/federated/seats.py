@@ -196,12 +196,14 @@ def handed_over(table: Table, round: int, start: Tensors) -> Handed:
         elif isinstance(screen, Canary):
             harm = _harm_of(screen, start, table.initial)
         elif isinstance(screen, ProbeFilter):
-            probe = _linear(screen.probe, screen.limit, start)
+            read = _linear(screen.probe, screen.limit, start)
+            checks.append(Check(screen.name, _logit_of(read, start), read.limit))
+            probe = read if screen.name == "probe" else probe
         else:  # the paper's levels judge p(malicious) >= threshold
             held, threshold = getattr(screen, "probe", None), getattr(screen, "threshold", None)
             if isinstance(held, Probe) and threshold is not None:
                 probe = _linear(held, float(np.log(threshold / max(1e-9, 1 - threshold))), start)
-    if probe is not None:
+    if probe is not None and all(check.name != "probe" for check in checks):
         checks.append(Check("probe", _logit_of(probe, start), probe.limit))
     return Handed(probe=probe, bank=bank, checks=tuple(checks), prompts=table.prompts, harm=harm)
 
