@@ -21,7 +21,7 @@ from assay.federated.balance import FLOOR, Balance, Spread, shares
 from assay.federated.canary import CanaryLimits
 from assay.federated.defence import Material
 from assay.federated.probe import Probe
-from assay.federated.rehearsal import Rehearsal
+from assay.federated.rehearsed import Rehearsal
 from assay.verdict import Reason, Verdict
 
 MODULES = [f"model.layers.{i}.q_proj" for i in (0, 1)]

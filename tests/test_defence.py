@@ -16,7 +16,7 @@ from assay.federated.canary import CanaryLimits, Losses
 from assay.federated.claims import chain_problem
 from assay.federated.defence import LEVELS, Defence, Material
 from assay.federated.probe import Probe
-from assay.federated.rehearsal import Rehearsal
+from assay.federated.rehearsed import Rehearsal
 from assay.verdict import Screen
 
 PROBE = Probe(weight_D=np.zeros(12, np.float32), bias=0.0, features="first_b")

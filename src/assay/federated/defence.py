@@ -18,7 +18,7 @@ from assay.federated import published, screens
 from assay.federated.canary import Canary, Gate, Measure
 from assay.federated.claims import Ordered
 from assay.federated.probe import Probe
-from assay.federated.rehearsal import Rehearsal
+from assay.federated.rehearsed import Rehearsal
 from assay.federated.spectral import FEWEST
 from assay.verdict import Screen
 from assay.wire import Limits

@@ -22,7 +22,8 @@ from assay.federated.evaluate import loss_settings
 from assay.federated.local_sft import LocalSettings
 from assay.federated.population import Sources, load_sources, make_attack
 from assay.federated.probe import Probe
-from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse, rounds_of
+from assay.federated.rehearsal import canary_rows, rehearse, rounds_of
+from assay.federated.rehearsed import Rehearsal
 from assay.federated.warmup import Aligned, aligned, places, rows_for, settings_of
 from assay.progress import Tracker
 
