@@ -19,7 +19,10 @@ class AnchorPusher:
     The anchor bounds what refusals may have lost since round 0, for all clients together. Where attackers spend it,
     any honest step that costs a little breaks it, and the honest are refused. `spend` is the share of the canary's limits
     it goes to. From its own clean update towards the poison that the colluders have in common (their means), so that
-    averaging does not cancel it; `reach` 1 is the whole way. Knows all: probe, bank, thresholds, secret
+    averaging does not cancel it; `reach` 1 is the whole way. On `tiny`, 70% malicious and no filter beside the canary,
+    the start had used 0.10 nats of an anchor of 0.15 after 12 rounds, and all three honest clients of round 13 were refused
+    for steps of 0.06, which the limit of a step (0.09) lets pass. Under `submitted` it got nowhere in ten rounds: the
+    filters hold it. Knows all: probe, bank, thresholds, secret
     prompts and the canary's limits. Where the level has no canary it is `under_threshold`.
     """
 

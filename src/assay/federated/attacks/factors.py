@@ -62,7 +62,8 @@ class Gauge:
     updates, `kind` which factors (see `regauged`); all colluders go the same way. Trains on clean rows by itself, on
     poison in a chain (`harmful_data+gauge`). Knows the norm limit, and that factors are averaged. The product stays
     what it was, so canary and gate see a whisper; honest clients train on the averaged factors: with a longer A
-    the same steps of B move the model further.
+    the same steps of B move the model further. On `tiny`, half malicious, it kept weight 1 itself and left the honest .84 of
+    theirs (`ranks` .94, `rotate` 1.00; alone: .97), refusals stayed. Screen `balance` refuses every one of them.
     """
 
     kind: Kind = "grow"
