@@ -21,8 +21,8 @@ class AnchorPusher:
     it goes to. From its own clean update towards the poison that the colluders have in common (their means), so that
     averaging does not cancel it; `reach` 1 is the whole way. On `tiny`, 70% malicious and no filter beside the canary,
     the start had used 0.10 nats of an anchor of 0.15 after 12 rounds, and all three honest clients of round 13 were refused
-    for steps of 0.06, which the limit of a step (0.09) lets pass. Under `submitted` it got nowhere in ten rounds: the
-    filters hold it; with lora_A frozen it held the start at 0.05 of 0.06 from round 5 on, and honest steps healed. Knows all: probe, bank, thresholds, secret
+    for steps of 0.06, which the limit of a step (0.09) lets pass. With lora_A frozen it held the start at 0.05 of 0.06
+    from round 5 to 9, and no honest client was refused: their steps healed. Knows all: probe, bank, thresholds, secret
     prompts and the canary's limits. Where the level has no canary it is `under_threshold`.
     """
 
