@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from assay.config import AggregationConfig, ConfigError, check
 from assay.contribution import LoraUpdate, Tensors, flatten, tensors_sha256
@@ -17,8 +20,9 @@ from assay.federated import aggregators, server_opt
 from assay.federated.aggregators import from_config, make
 from assay.federated.aggregators.product import average_products
 from assay.federated.defence import Defence
-from assay.federated.round import Outcome, ServerState, merge, run_round
-from assay.federated.screens import Structure
+from assay.federated.merge import merge, shorten
+from assay.federated.round import Outcome, ServerState, run_round
+from assay.federated.screens import Norm, Structure
 
 MODULES = {"layers.0.q_proj": (6, 5), "layers.0.v_proj": (4, 5), "layers.1.q_proj": (6, 5)}  # outputs, inputs
 R = 2
@@ -280,3 +284,117 @@ def test_the_engine_fills_in_the_layers() -> None:
     np.testing.assert_allclose(filled_D[sizes[0] :], clipped_ND.mean(axis=0)[sizes[0] :], rtol=1e-5)
     with pytest.raises(ValueError, match="layers of 3 values do not fit deltas of"):
         aggregators.make("lasa", layers=[1, 2])(delta_ND, np.ones(6))
+
+
+# --- rows cut to length ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    norm_N=st.lists(st.floats(0.0, 1.45), min_size=1, max_size=8),
+    clip=st.floats(0.2, 1.15),
+    average=st.sampled_from(["factors", "product"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_row_longer_than_the_limit_acts(norm_N: list[float], clip: float, average: str, seed: int) -> None:
+    """Of a mean of rows that are all in one direction and all too long, only the limit is left; weights leave it whole."""
+    state, rng = fresh(), np.random.default_rng(seed)
+    towards = np.concatenate([
+        # along lora_B alone the product moves as the row does, so both averages can be read
+        rng.standard_normal(v.size) * (average == "factors" or "lora_B" in n)
+        for n, v in sorted(state.adapter.items())
+    ])  # fmt: skip
+    towards /= np.linalg.norm(towards)
+    sent = {f"c{i}": moved(state, norm * towards) for i, norm in enumerate(norm_N)}
+    limit = clip * 1.0
+
+    def play_with(acts: str) -> tuple[ServerState, Outcome]:
+        updates = [update(name, t, 1) for name, t in sent.items()]
+        guard = Defence(level="custom", screens=(Norm(lambda index: 1.0, clip=clip, refuse=1.5, acts=acts),))
+        config = AggregationConfig(average=average)  # type: ignore[arg-type]
+        return run_round(state, updates, [], guard, make("mean"), server_opt.make("fedavg"), config, 1)
+
+    state_after, outcome = play_with("length")
+    acted = flatten(state_after.adapter) - flatten(state.adapter)
+    assert np.linalg.norm(acted.astype(np.float64)) <= limit * (1 + 1e-4)
+    expected = np.mean([min(norm, limit) for norm in norm_N])
+    np.testing.assert_allclose(np.linalg.norm(acted), expected, rtol=1e-3, atol=1e-5)
+    assert set(outcome.screened.weight.values()) == {1.0}
+    said = outcome.ledger_body()["contributions"]
+    assert all(c["longest"] == pytest.approx(limit) for c in said)
+    if min(norm_N) > limit * 1.01:  # what the weights leave: a mean divides by them
+        other = flatten(play_with("weight")[0].adapter) - flatten(state.adapter)
+        assert np.linalg.norm(other) > limit
+
+
+@given(hnp.arrays(np.float32, (4, 6), elements=st.floats(-1e3, 1e3, width=32)), st.floats(0.0, 100.0))
+def test_rows_within_their_length_stay_bit_for_bit(delta_ND: np.ndarray, most: float) -> None:
+    before_ND = delta_ND.copy()
+    shorten(delta_ND, [most, most, np.inf, np.inf])
+    assert np.array_equal(delta_ND[2:], before_ND[2:])
+    for now_D, then_D in zip(delta_ND[:2].astype(np.float64), before_ND[:2].astype(np.float64)):
+        if np.linalg.norm(then_D) <= most * (1 - 1e-9):
+            assert np.array_equal(now_D, then_D)
+        assert np.linalg.norm(now_D) <= most * (1 + 1e-6) + 1e-30
+
+
+def test_a_bounded_round_is_replayed_as_it_was_and_monitoring_cuts_nothing() -> None:
+    state = fresh()
+    long = moved(state, np.full(flatten(state.adapter).size, 0.5))
+    guard = Defence(
+        level="custom", screens=(Norm(lambda i: 1.0, refuse=1e9, acts="length"),), monitor=frozenset({"norm"})
+    )
+    config, opt = AggregationConfig(), server_opt.make("fedavg")
+    after, outcome = run_round(state, [update("c0", long, 1)], [], guard, make("mean"), opt, config, 1)
+    np.testing.assert_allclose(flatten(after.adapter), flatten(long), rtol=1e-6)
+    assert "longest" not in outcome.ledger_body()["contributions"][0]
+
+
+# --- too few for f ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "present", "bears"),
+    [
+        ("krum", {"f": 3}, 6, 1),  # 2f + 3
+        ("krum", {"f": 3}, 2, 0),
+        ("bulyan", {"f": 2}, 8, 1),  # 4f + 3
+        ("trimmed_mean", {"f": 3}, 6, 2),  # 2f + 1
+        ("multi_krum", {"f": 2, "m": 2, "variant": "byzfl"}, 4, 1),
+    ],
+)
+def test_too_few_skip_the_round_and_say_who_is_missing_or_bear_fewer(
+    name: str, params: dict[str, Any], present: int, bears: int
+) -> None:
+    state, rng = fresh(), np.random.default_rng(3)
+    size = flatten(state.adapter).size
+    sent = {f"c{i}": moved(state, rng.standard_normal(size)) for i in range(present)}
+    broken = {n: v * np.float32(np.nan) for n, v in state.adapter.items()}
+    skipping = AggregationConfig(name=name, params=params)
+    after, outcome = play(state, sent | {"x": broken}, skipping)
+    assert outcome.result == "skipped"
+    assert "bears f attackers only among at least" in outcome.why
+    assert outcome.why.endswith(f"{present + 1} sent something, 1 of them refused")
+    assert np.array_equal(flatten(after.adapter), flatten(state.adapter))
+    after, outcome = play(state, sent | {"x": broken}, skipping.model_copy(update={"quorum": "shrink"}))
+    assert outcome.result == "applied"
+    assert outcome.why.startswith(f"f shrunk to {bears}: {name.replace('multi_', 'multi_')} bears f")
+    told = AggregationConfig(name=name, params=params | {"f": bears})
+    assert np.array_equal(flatten(after.adapter), flatten(play(state, sent, told)[0].adapter))
+
+
+def test_what_no_f_makes_possible_stays_skipped() -> None:
+    state = fresh()
+    sent = {f"c{i}": moved(state, np.full(flatten(state.adapter).size, float(i))) for i in range(3)}
+    config = AggregationConfig(name="multi_krum", params={"f": 1, "m": 4}, quorum="shrink")  # a mean of 4 rows of 3
+    assert play(state, sent, config)[1].result == "skipped"
+
+
+def test_mixing_shrinks_with_its_rule() -> None:
+    state, rng = fresh(), np.random.default_rng(4)
+    sent = {f"c{i}": moved(state, rng.standard_normal(flatten(state.adapter).size)) for i in range(5)}
+    asked = AggregationConfig(name="krum", params={"f": 3}, pre=("nnm",), pre_params={"nnm": {"f": 3}}, quorum="shrink")
+    after, outcome = play(state, sent, asked)
+    assert outcome.why.startswith("f shrunk to 1:")
+    told = asked.model_copy(update={"params": {"f": 1}, "pre_params": {"nnm": {"f": 1}}, "quorum": "skip"})
+    assert np.array_equal(flatten(after.adapter), flatten(play(state, sent, told)[0].adapter))

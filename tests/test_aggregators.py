@@ -77,6 +77,7 @@ CASES = [
     Case("krum", {"f": "estimate"}, but=HEADS),
     Case("multi_krum", {"f": 1}, but=HEADS),
     Case("multi_krum", {"f": 2, "variant": "byzfl"}, but=HEADS),
+    Case("multi_krum", {"f": 2, "m": 3, "variant": "safe-fedllm"}, but=HEADS),
     Case("bulyan", {"f": 0}, but=HEADS),
     Case("bulyan", {"f": 1}, but=HEADS),
     Case("norm_clipped_mean", but=("moves", "range", *ROUNDS)),
@@ -371,6 +372,7 @@ def test_memory_beyond_the_input_is_a_quarter_of_it(case: Case) -> None:
         ("krum", {"f": "estimate"}),
         ("multi_krum", {"f": 3}),
         ("multi_krum", {"f": 3, "variant": "byzfl"}),
+        ("multi_krum", {"f": 3, "variant": "safe-fedllm"}),
     ],
 )
 @pytest.mark.parametrize("where", [1e6, -1e6, 1e30])

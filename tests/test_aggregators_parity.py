@@ -218,6 +218,19 @@ def test_krums_variants_differ_where_their_neighbours_do() -> None:
     assert make("krum", f=1, variant="safe-fedllm")(column, np.ones(6)) == np.float32((0 + 1 + 3 + 4 + 6) / 5)
 
 
+def test_multi_krums_variants_take_the_best_rows_or_the_winners_neighbours() -> None:
+    # n 6, f 1. Four nearest, plain: of 0: 13, of 1: 10, of 2: 9, of 4: 11, of 6: 17; squared: 57, 36, 25, 33, 81.
+    # 2 wins both. Nearest to it is 1, but the second best score is that of 4. paper, three nearest, squared: 21, 11, 9,
+    # 17, 45: the second best is 1.
+    column = np.array([[0], [1], [2], [4], [6], [60]], np.float32)
+    for variant, golden in (("safe-fedllm", (1 + 2) / 2), ("byzfl", (2 + 4) / 2), ("paper", (1 + 2) / 2)):
+        assert make("multi_krum", f=1, m=2, variant=variant)(column, np.ones(6)) == np.float32(golden)
+    # 0 and 4 are equally near to 2: the one that comes first by content. With m open all n-f = 5, which is its Krum.
+    assert make("multi_krum", f=1, m=3, variant="safe-fedllm")(column, np.ones(6)) == np.float32((0 + 1 + 2) / 3)
+    whole = make("multi_krum", f=1, variant="safe-fedllm")(column, np.ones(6))
+    assert whole == make("krum", f=1, variant="safe-fedllm")(column, np.ones(6)) == np.float32(13 / 5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_foolsgold_over_rounds(seed: int) -> None:
     aggregate, rng = make("foolsgold"), np.random.default_rng(seed)
@@ -338,6 +351,7 @@ def test_an_estimate_is_blind_to_who_stays_near_and_can_be_turned_on_the_honest(
         ("krum", {"f": 3, "variant": "safe-fedllm"}, 6, r"at least 2f\+1 .* f=3 needs 7, 6 present"),
         ("multi_krum", {"f": 2}, 6, r"multi_krum bears f .* at least 2f\+3 .* f=2 needs 7, 6 present"),
         ("multi_krum", {"f": 1, "m": 6, "variant": "byzfl"}, 6, r"at most n-f of n .* needs 7, 6 present"),
+        ("multi_krum", {"f": 1, "m": 6, "variant": "safe-fedllm"}, 6, r"at most n-f of n .* needs 7, 6 present"),
         ("bulyan", {"f": 2}, 10, r"bulyan bears f .* at least 4f\+3 .* f=2 needs 11, 10 present"),
         ("dnc", {"f": 3}, 6, r"dnc bears f .* at least 2f\+1 .* f=3 needs 7, 6 present"),
         ("dnc", {"f": 2, "iterations": 4}, 8, r"at least iterations\*removed\*f\+1 .* f=2 needs 9, 8 present"),
@@ -360,7 +374,7 @@ def test_mixing_bears_less_than_half() -> None:
         ("krum", {"f": "guess"}, 'f must be a whole number of at least 0, got .guess.; f = "estimate" counts'),
         ("krum", {"f": 1, "variant": "flower"}, "variant must be one of paper, byzfl, safe-fedllm; got 'flower'"),
         ("krum", {"f": 1, "m": 2, "variant": "safe-fedllm"}, "m of safe-fedllm must be one of 1; got '2'"),
-        ("multi_krum", {"f": 1, "variant": "safe-fedllm"}, "variant must be one of paper, byzfl; got"),
+        ("multi_krum", {"f": 1, "variant": "flower"}, "variant must be one of paper, byzfl, safe-fedllm; got"),
         ("norm_clipped_mean", {"bound": 0.0}, "bound must be a number above 0, got 0.0"),
         ("norm_clipped_mean", {"bound": float("nan")}, "bound must be a number above 0, got nan"),
         ("geometric_median", {"iterations": 0}, "iterations must be a whole number of at least 1"),

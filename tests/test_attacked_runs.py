@@ -234,3 +234,19 @@ def test_where_lora_a_is_frozen_nobody_moves_it(
     shipped = load_file(tmp_path / "frozen" / run_dir.ADAPTER / "adapter_model.safetensors")
     for name, value in start.items():
         assert np.array_equal(shipped[name], value) is is_a(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["only_a", "gauge"])
+def test_what_hides_in_the_factors_shows_in_the_balance(
+    tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool, attack: str
+) -> None:
+    """With thresholds from a real rehearsal: every malicious update is refused for its share, and no honest one."""
+    screens = ("structure", "norm", "balance", "probe_a")
+    changed = small.changed(name=attack, attack__name=attack, defence__level="submitted", defence__screens=screens)
+    summary = local.run(changed, tmp_path / attack, prepared, pool)
+    found = summary["detection"]["balance"]
+    assert found["auroc"] == found["tpr_at_1pct_fpr"] == 1.0
+    refused = [(r["honest"], r["malicious"]) for r in summary["reasons"] if r["screen"] == "balance"]
+    assert refused == [(0, 4)]
+    assert "probe_a" in summary["detection"], "fitted because it was asked for"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -168,6 +169,28 @@ def test_a_grid_has_its_shares_side_by_side_and_a_heat_map(tmp_path: Path) -> No
     assert fills[0] == "rgb(247,247,247)", "half way is neither colour"
     red, _, blue = (int(v) for v in str(fills[1])[4:-1].split(","))
     assert red > blue, "a low rate of refusals is the bad colour"
+
+
+def test_a_grid_tells_each_screen_by_its_own_score() -> None:
+    """The final weight's TPR is 0 as soon as one honest update in a hundred is refused; single scores are not."""
+
+    def judged(seed: int, attack: str, **screens: tuple[float | None, float | None]) -> dict[str, Any]:
+        detection = {name: {"auroc": a, "tpr_at_1pct_fpr": t} for name, (a, t) in screens.items()}
+        return row(seed, 0.9, "submitted", attack) | {"detection": detection}
+
+    rows = [
+        row(0, 0.95, "none", "none"),
+        judged(0, "blend", norm=(0.5, 0.0), canary=(0.9, 0.75), duplicate=(None, None)),
+        judged(1, "blend", norm=(0.75, 0.25), canary=(0.8, 0.25), probe=(0.99, 0.45)),
+        judged(0, "only_a", norm=(1.0, 1.0), canary=(0.1, 0.0)),
+        row(0, 0.5, "none", "only_a") | {"detection": {}},
+    ]
+    text = tables.table(fake(rows) | {"seconds_shared": True})
+    head = "| attack | level | best single screen | its AUROC | its TPR at 1% FPR | TPR of `norm` | TPR of `canary` | TPR of `probe` |"
+    assert head in text
+    assert "| `blend` | `submitted` | `canary` | 0.85 (0.80–0.90) | 0.50 (0.25–0.75) | 0.12 | 0.50 | 0.45 |" in text
+    assert "| `only_a` | `submitted` | `norm` | 1.00 | 1.00 | 1.00 | 0.00 | – |" in text
+    assert "best single screen" not in tables.table(fake(rows[:1]) | {"seconds_shared": True}), "nobody was judged"
 
 
 def test_figures_in_the_docs_agree_with_the_results() -> None:

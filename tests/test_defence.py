@@ -12,11 +12,12 @@ from assay import wire
 from assay.config import ConfigError, Experiment, parse
 from assay.contribution import LoraUpdate, Refusal, Template, tensors_sha256
 from assay.federated import defence, published
+from assay.federated.balance import Spread
 from assay.federated.canary import CanaryLimits, Losses
 from assay.federated.claims import chain_problem
 from assay.federated.defence import LEVELS, Defence, Material
 from assay.federated.probe import Probe
-from assay.federated.rehearsal import Rehearsal
+from assay.federated.rehearsed import Rehearsal
 from assay.verdict import Screen
 
 PROBE = Probe(weight_D=np.zeros(12, np.float32), bias=0.0, features="first_b")
@@ -27,6 +28,7 @@ def rehearsed() -> tuple[Rehearsal, Any]:
     made = Rehearsal(
         bank_MD=np.ones((4, 12), np.float16), malicious_M=np.array([False, False, True, True]), norm_by_round=(1.0,),
         lr_by_round=(2e-3,), probe=PROBE, probe_limit=1.5, neighbour_limit=1.2, canary=limits, notes={},
+        spread=Spread(np.full((1, 2), 0.5, np.float32), np.full(2, 0.2, np.float32)),
     )  # fmt: skip
     return made, lambda adapters: [Losses(1.0, 1.0) for _ in adapters]
 
@@ -123,16 +125,17 @@ def test_params_reach_their_screen() -> None:
         ({"screens": ["nrom"]}, "unknown screen 'nrom'; known: structure, norm, duplicate, probe"),
         ({"screens": ["norm", "norm"]}, "norm is named twice"),
         ({"screens": ["norm"], "params": {"canary": {}}}, "defence.params.canary: level custom has no such screen; it has norm"),
-        ({"params": {"norm": {"clpi": 1.2}}}, "defence.params.norm: no parameter 'clpi'; known: clip, reference, refuse"),
+        ({"params": {"norm": {"clpi": 1.2}}}, "defence.params.norm: no parameter 'clpi'; known: acts, clip, reference, refuse"),
         ({"params": {"norm": {"limit_of_round": 1.0}}}, "no parameter 'limit_of_round'"),
         ({"params": {"norm": {"clip": "a"}}}, "defence.params.norm.clip: must be a finite number, got 'a'"),
         ({"params": {"norm": {"clip": True}}}, "must be a finite number"),
         ({"params": {"norm": {"clip": 9.0}}}, "defence.params.norm: clip must be positive and not above refuse"),
+        ({"params": {"norm": {"acts": "me"}}}, "defence.params.norm: acts must be weight or length, got 'me'"),
         ({"params": {"norm": {"reference": "me"}}}, "must be rehearsal or round, got 'me'"),
         ({"params": {"neighbours": {"k": 2.5}}}, "defence.params.neighbours.k: must be a whole number"),
         ({"params": {"neighbours": {"k": 0}}}, "k must be at least 1"),
         ({"params": {"gate": {"limit": 1}}}, "defence.params.gate: no parameter 'limit'; known: none"),
-        ({"params": {"canary": {"measure": 1}}}, "no parameter 'measure'; known: none"),
+        ({"params": {"canary": {"measure": 1}}}, "no parameter 'measure'; known: anchor"),
         ({"level": "evidence", "params": {"evidence": {"audit": 0}}}, "audit must be in (0, 1]"),
         ({"level": "evidence", "params": {"evidence": {"secret": "x"}}}, "no parameter 'secret'"),
         ({"monitor": ["step"]}, "level submitted has no screen 'step'; it has structure, norm"),

@@ -35,7 +35,8 @@ from assay.federated.local_sft import LocalResult, LocalSettings
 from assay.federated.population import load_sources, make_clients
 from assay.federated.probe import Probe, feature_deltas
 from assay.federated.published import Published
-from assay.federated.rehearsal import Rehearsal, cast
+from assay.federated.rehearsal import cast
+from assay.federated.rehearsed import Rehearsal
 from assay.federated.round import Outcome, ServerState, run_round
 from assay.federated.server_opt import SERVER_OPTS
 from assay.verdict import Reason, Screen, State, Verdict

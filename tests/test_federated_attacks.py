@@ -27,7 +27,7 @@ from assay.data import Example
 from assay.federated import attacks
 from assay.federated.attacks import Attack, Handed, Seat, Seen, adaptive, surrogate, together, training, updates
 from assay.federated.attacks.data import Slow, Strike, cluster
-from assay.federated.attacks.seat import Bank, Check, Linear, spans, where
+from assay.federated.attacks.seat import Bank, Check, Linear, delta_of, spans, where
 from assay.federated.attacks.training import Evade
 from assay.federated.local_sft import LocalResult, LocalSettings
 from assay.federated.lora import feature_names, layer_of
@@ -459,6 +459,56 @@ def test_poison_in_a_alone_looks_clean_to_whoever_reads_b(norm: float) -> None:
     assert length(delta_D) == pytest.approx(norm * length(clean_D), rel=1e-5)
     at_a = np.setdiff1d(np.arange(D), AT_B)
     assert cosine(delta_D[at_a], poison_D[at_a]) == pytest.approx(1.0, abs=1e-5)
+
+
+MODULES = sorted({n.split(".lora_")[0] for n in SHAPES})
+
+
+def product(tensors: Tensors, module: str) -> NDArray[np.float64]:
+    a, b = (tensors[f"{module}.lora_{ab}.weight"].astype(np.float64) for ab in "AB")
+    return b @ a
+
+
+@pytest.mark.parametrize("norm", [0.3, 0.6])
+@pytest.mark.parametrize("kind", ["grow", "shrink", "ranks", "rotate"])
+def test_in_other_factors_the_product_is_the_same_and_as_long_as_asked(kind: str, norm: float) -> None:
+    _, seen, sending = play(attacks.make("gauge", {"kind": kind, "norm": norm, "whisper": 0.0}))
+    for module in MODULES:
+        np.testing.assert_allclose(product(sending.tensors, module), product(START, module), rtol=1e-4, atol=1e-5)
+    own = flatten(seen.mine["main"].tensors) - flatten(START)
+    assert length(sent_delta(sending)) == pytest.approx(norm * length(own), rel=1e-3)
+    a_length = [np.linalg.norm(t[f"{MODULES[0]}.lora_A.weight"]) for t in (START, sending.tensors)]
+    assert np.sign(round(a_length[1] / a_length[0] - 1, 4)) == {"grow": 1, "shrink": -1, "rotate": 0}.get(
+        kind, np.sign(a_length[1] / a_length[0] - 1)
+    )
+
+
+def test_an_update_goes_with_its_whisper_and_poison_in_a_chain() -> None:
+    whole = attacks.make("harmful_data+gauge", {"gauge": {"whisper": 1.0, "norm": 1.0}})
+    _, seen, sending = play(whole)
+    assert whole.rows(a_seat()) != a_seat().clean
+    assert attacks.make("gauge").rows(a_seat()) == a_seat().clean
+    for module in MODULES:
+        wanted = product(seen.mine["main"].tensors, module)
+        np.testing.assert_allclose(product(sending.tensors, module), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_pusher_spends_what_the_canary_leaves_and_no_more() -> None:
+    """Harm here is the way gone towards the poison all colluders share, in ways of one."""
+    _, seen, _ = play(attacks.make("anchor_pusher"))
+    clean, poison = (np.mean([delta_of(a_seat(), m[b]) for m in seen.colluders], axis=0) for b in ("clean", "main"))
+    unit = (poison - clean) / length(poison - clean) ** 2
+
+    def harm(delta_D: NDArray[np.floating]) -> float:
+        return 4 * float((delta_D - delta_of(a_seat(), seen.mine["clean"])) @ unit)
+
+    free = Handed(harm=harm)
+    sent = sent_delta(play(attacks.make("anchor_pusher", {"spend": 0.8}), defence=free)[2])
+    assert 0.7 <= harm(sent) <= 0.8 + 1e-3
+    assert harm(sent_delta(play(attacks.make("anchor_pusher"), defence=Handed())[2])) == pytest.approx(8.0, rel=1e-3)
+    within = replace(HANDED, harm=lambda delta_D: 0.0)  # nothing to spend: every other limit still holds
+    sent = sent_delta(play(attacks.make("anchor_pusher"), defence=within)[2])
+    assert all(check.score(sent) <= check.limit for check in HANDED.checks)
 
 
 @pytest.mark.parametrize("benign", [0.0, 0.3, 0.8])

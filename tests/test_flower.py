@@ -462,6 +462,7 @@ def test_everything_else_is_the_strategys() -> None:
     (lambda: Screened(flower.QFedAvg(0.1), []), r"claims=\{'train_loss'"),
     (lambda: Screened(flower.QFedAvg(0.1), [], claims={"train_loss": (1.0, 0.5)}), "two finite numbers in order"),
     (lambda: Screened(flower.FedAvg(), [Structure(), Structure()]), "named twice"),
+    (lambda: Screened(flower.FedAvg(), [Norm(None, acts="length")]), "norm wants rows cut to length"),
     (lambda: Screened(flower.FedAvg(), [Structure()], monitor=["norm"]), "no screen 'norm'"),
     (lambda: Screened(flower.FedAvg(), [], max_examples=0), "max_examples"),
     (lambda: wrapped(flower.FedAvg()).aggregate_train(1, []), "without configure_train"),

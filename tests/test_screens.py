@@ -17,6 +17,7 @@ from assay import contribution
 from assay.config import ConfigError, Experiment
 from assay.contribution import LoraUpdate, Refusal, Round, flatten, tensors_sha256
 from assay.federated import aggregators, screens, server_opt
+from assay.federated.balance import Balance, Spread
 from assay.federated.canary import Canary, CanaryLimits, Gate, Losses, Rise
 from assay.federated.claims import Ordered
 from assay.federated.defence import LEVELS, Defence
@@ -212,7 +213,7 @@ def test_a_cosine_read_in_blocks_is_that_of_the_whole(monkeypatch: pytest.Monkey
         np.testing.assert_array_equal(found_ND, here.deltas())
 
 
-@pytest.mark.parametrize("name", ["structure", "norm", "duplicate", "probe", "neighbours", "spectral"])
+@pytest.mark.parametrize("name", ["structure", "norm", "duplicate", "probe", "neighbours", "balance", "spectral"])
 def test_memory_of_a_screen_is_a_quarter_of_the_updates(name: str) -> None:
     """Beyond the updates themselves and the bank: a matrix of all of them in float64 would be twice as much as they."""
     rng, width = np.random.default_rng(0), 4096
@@ -231,6 +232,7 @@ def test_memory_of_a_screen_is_a_quarter_of_the_updates(name: str) -> None:
         "duplicate": Duplicate,
         "probe": lambda: ProbeFilter(Probe(weight_D=np.ones(half, np.float32), bias=0.0, features="all_b"), 1.0),
         "neighbours": lambda: Neighbours(np.ones((64, half), np.float16), np.arange(64) % 2 == 0, 1.2),
+        "balance": lambda: Balance(Spread(np.full((1, 17), 0.5, np.float32), np.ones(17, np.float32))),
         "spectral": Spectral,
     }
     screen, here = made[name](), Round(index=1, start=start, initial=start, updates=sent)
@@ -474,6 +476,49 @@ def test_canary_refuses_what_strips_refusals_now_or_slowly() -> None:
     # an honest client who moves back is not punished for where the others went
     back = Round(index=9, start=tensors(0.2), initial=tensors(), updates=(update("back", tensors(0.19)),))
     assert canary.screen(back, {})[0][0].weight == 1.0
+
+
+OWN = replace(LIMITS, refusal_usual=0.01, safe_usual=0.01)
+
+
+def test_an_anchor_others_have_spent_is_not_held_against_who_spends_like_the_honest() -> None:
+    """The start is 0.095 from an anchor of 0.1, as `anchor_pusher` leaves it; falls save nothing up for later."""
+
+    def at(screen: Canary, state: State, index: int, start: float, **step: float) -> tuple[dict[str, float], State]:
+        sent = tuple(update(name, tensors(start + by)) for name, by in sorted(step.items()))
+        said, state = screen.screen(Round(index=index, start=tensors(start), initial=tensors(), updates=sent), state)
+        return {v.participant: v.weight for v in said}, state
+
+    each, own = Canary(Told(), LIMITS), Canary(Told(), OWN, "own")  # type: ignore[arg-type]
+    assert at(each, {}, 9, 0.095, honest=0.008)[0] == {"honest": 0.0}, "what today's rule does"
+    state: State = {}
+    for index in range(1, 5):  # the pusher goes to just under the limit of a step, the anchor is far
+        weights, state = at(own, state, index, 0.0, honest=0.004, pusher=0.019, saver=-0.5)
+        assert set(weights.values()) == {1.0}
+    assert at(own, state, 5, 0.095, honest=0.008, pusher=0.008)[0] == {"honest": 1.0, "pusher": 0.0}
+    assert at(own, state, 5, 0.095, honest=0.021)[0] == {"honest": 0.0}, "a step over its own limit stays one"
+    assert at(own, state, 5, 0.095, pusher=-0.001)[0] == {"pusher": 1.0}, "who moves back is never refused"
+    slow: State = {}
+    for index, start in enumerate([0.0, 0.015, 0.03, 0.045, 0.06, 0.075], 1):
+        weights, slow = at(own, slow, index, start, slow=0.015)
+        assert weights == {"slow": 1.0}
+    assert at(own, slow, 7, 0.09, slow=0.015)[0] == {"slow": 0.0}, "slow poisoning still adds up"
+    _, state = at(own, {}, 1, 0.0, saver=-0.5)
+    assert state == {"spent": {"saver": [1, 0.0, 0.0]}}
+    assert at(own, state, 2, 0.099, new=0.011)[0] == {"new": 0.0}, "who is new has no credit"
+
+
+def test_the_gate_holds_the_anchor_whoever_spent_it() -> None:
+    gate = Gate(Told(), OWN)  # type: ignore[arg-type]
+    assert not gate.check(tensors(0.101), tensors(0.095), tensors()).passed
+    assert gate.check(tensors(0.099), tensors(0.101), tensors()).passed
+
+
+def test_own_spending_needs_a_rehearsal_that_knows_the_usual() -> None:
+    with pytest.raises(ValueError, match="rehearse again"):
+        Canary(Told(), LIMITS, "own")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="anchor must be each or own"):
+        Canary(Told(), OWN, "mine")  # type: ignore[arg-type]
 
 
 def test_gate_rolls_back_an_aggregate_that_strips_refusals() -> None:

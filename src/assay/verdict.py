@@ -44,6 +44,7 @@ class Reason(StrEnum):
     NORM = "norm"
     PROBE = "probe"
     NEIGHBOURS = "neighbours"
+    BALANCE = "balance"
     DUPLICATE = "duplicate"
     CANARY = "canary"
     REVIEW = "review"
@@ -82,6 +83,8 @@ class Verdict:
     Of a completion, weight 0 means one of two things (`effect`): `exclude`, the row is absent; `no_reward`, it stays
     with reward 0 as a bad example (Hail to the Thief: r_rlvr * r_judge). `masked` lists token positions whose loss is
     left out of a row that stays.
+
+    `longest` is the most that the row may have of length (L2) in the aggregate: whoever merges cuts it to that.
     """
 
     participant: str
@@ -96,10 +99,13 @@ class Verdict:
     mode: Mode = "enforce"
     effect: Effect = "exclude"
     masked: tuple[int, ...] = ()
+    longest: float = math.inf
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= 1.0:  # also refuses NaN
             raise ValueError(f"{self.screen}: weight {self.weight} of {self.participant} is not in [0, 1]")
+        if not self.longest >= 0.0:
+            raise ValueError(f"{self.screen}: longest {self.longest} of {self.participant} is no length")
         if self.weight == 0.0 and self.reason is Reason.OK:
             raise ValueError(f"{self.screen}: weight 0 for {self.participant} needs a reason")
 
@@ -116,6 +122,7 @@ class Verdict:
             "evidence": {k: (v if math.isfinite(v) else None) for k, v in self.evidence.items()},
             "seconds": self.seconds,
             "mode": self.mode,
+            **({} if math.isinf(self.longest) else {"longest": self.longest}),
         }
 
     def __str__(self) -> str:
@@ -162,6 +169,8 @@ class Screened:
     weight: dict[str, float]
     deciding: dict[str, Verdict]
     states: dict[str, State]
+    longest: dict[str, float] = field(default_factory=dict)
+    """Of the participants whose row some enforced screen bounds in length: the least bound."""
 
     @property
     def mean_weight(self) -> float:
@@ -186,6 +195,7 @@ def screen_round(
     verdicts: list[Verdict] = []
     weight: dict[str, float] = {}
     deciding: dict[str, Verdict] = {}
+    longest: dict[str, float] = {}
     for refused in round.refused:
         verdict = Verdict(
             participant=refused.participant,
@@ -217,13 +227,15 @@ def screen_round(
             verdicts.append(verdict)
             if mode == "monitor":
                 continue
+            if math.isfinite(verdict.longest):
+                longest[verdict.participant] = min(verdict.longest, longest.get(verdict.participant, math.inf))
             before = weight[verdict.participant]
             weight[verdict.participant] = before * verdict.weight
             known = deciding.get(verdict.participant)
             # first zero wins; among graded verdicts the lowest names the reason
             if before > 0 and (known is None or verdict.weight < known.weight):
                 deciding[verdict.participant] = verdict
-    return Screened(tuple(verdicts), weight, deciding, states)
+    return Screened(tuple(verdicts), weight, deciding, states, longest)
 
 
 Seen = TypeVar("Seen", contravariant=True)

@@ -6,6 +6,8 @@ real       the attacks that differ most on SmolLM2-135M, likewise: some two hour
 backdoors  the attacks with a trigger on the default model, without and with the default defence and the malicious clients
            excised afterwards; the one that no screen sees also with one mitigation more: some hours
 levels     the paper's levels and `spectral` against plain attackers and those who know them, on `tiny`: half an hour
+factors    poison in lora_A and adapters in other factors, under the default defence, without its screen `balance`, with a
+           probe on lora_A, and with exact averages of BA: on `tiny`
 aggregators   no screen, one robust rule after the other, on `tiny`: half an hour
 full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
 """
@@ -40,6 +42,9 @@ WITHOUT_TRIGGER: Mapping[str, Mapping[str, Any]] = {
     "copy_benign": {},
     "transplant": {},
     "only_a": {},
+    "only_a_matched": {"attack__name": "only_a+match_norms"},
+    "gauge": {},
+    "anchor_pusher": {},
     "remove_probe": {},
     "under_threshold": {},
     "blend": {},
@@ -92,6 +97,12 @@ RULES = {
 }  # fmt: skip
 """Ten clients, of whom the rules are told to bear three: the truth at 30%, too much at 20%, too little at 50%. Bulyan
 bears one of ten at most."""
+FACTORS: Mapping[str, Mapping[str, Any]] = {
+    "no balance": {"defence__screens": tuple(name for name in LEVELS["submitted"] if name != "balance")},
+    "probe a": {"defence__screens": (*LEVELS["submitted"], "probe_a")},
+    "product": {"aggregation__average": "product"},
+}
+"""What may be tried against attacks on the factors, on top of a level."""
 SHARES = (0.2, 0.5, 0.7)
 TINY: Mapping[str, Any] = {
     "model__name": "tiny", "model__dtype": "float32", "training__lr": 8e-3, "training__steps": 4,
@@ -125,6 +136,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     "small": Preset(attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence")),  # no evidence is asked for
     "real": Preset(attacks=DIFFERENT, settings=QUICK),
+    "factors": Preset(attacks=("only_a", "only_a_matched", "gauge"), undefended=(), more=FACTORS),
     "backdoors": Preset(
         attacks=tuple(WITH_TRIGGER),
         undefended=tuple(WITH_TRIGGER),

@@ -46,6 +46,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines = (_swarm_lines if found.get("wing") == "swarm" else _grid_lines if is_grid(found) else _federated_lines)(
         found["rows"]
     )
+    if is_grid(found):
+        lines += _screen_lines(found["rows"])
     seeds = sorted({row["seed"] for row in found["rows"]})
     machine, model = found["machine"], found["model"]
     lines += [
@@ -114,6 +116,48 @@ def _grid_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             name = "–" if attack == "honest_alone" else "undefended" if level == "none" else f"`{level}`"
             lines.append("| " + " | ".join([f"`{attack}`", name, *cells, *rest]) + " |")
     return lines
+
+
+def _screen_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each screen by its own continuous score: what the final weight hides, for which one honest update in a hundred that
+    is refused outright makes every TPR 0. Nothing where no screen gave a score."""
+    judged = [r for r in rows if r["attack"] != "none" and _told(r)]
+    screens = list(dict.fromkeys(name for r in judged for name in _told(r)))
+    if not judged:
+        return []
+    lines = [
+        "",
+        "The same by each screen's own score, means over shares and seeds. The best single screen is named after the fact, by "
+        "its TPR: it is what one threshold could have done, and nobody knows it beforehand.",
+        "",
+        "| attack | level | best single screen | its AUROC | its TPR at 1% FPR | "
+        + " | ".join(f"TPR of `{name}`" for name in screens)
+        + " |",
+        "|---" * (5 + len(screens)) + "|",
+    ]
+    for level, of_level in _by(judged, "defence").items():
+        for attack, some in _by(of_level, "attack").items():
+            tpr, auroc = ({s: [_told(r)[s][k] for r in some if s in _told(r)] for s in screens} for k in DETECTED)
+            best = max((s for s in screens if tpr[s]), key=lambda s: (_mean(tpr[s]), _mean(auroc[s])))
+            cells = [_cell(auroc[best], 2), _cell(tpr[best], 2), *(_mean_cell(tpr[s]) for s in screens)]
+            lines.append("| " + " | ".join([f"`{attack}`", f"`{level}`", f"`{best}`", *cells]) + " |")
+    return lines
+
+
+DETECTED = ("tpr_at_1pct_fpr", "auroc")
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """A row's screens that gave scores of both kinds of clients: one that saw only the honest tells nothing apart."""
+    return {name: d for name, d in row.get("detection", {}).items() if all(d.get(k) is not None for k in DETECTED)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_cell(values: Sequence[float]) -> str:
+    return f"{_mean(values):.2f}" if values else "–"
 
 
 def _by(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:

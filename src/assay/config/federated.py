@@ -252,6 +252,10 @@ class AggregationConfig(Frozen):
     """Steps that mix the updates before the aggregator sees them, in this order."""
     pre_params: dict[str, dict[str, float | int | str]] = Field(default_factory=dict)
     """By pre-step, e.g. `{ nnm = { f = 2 } }`."""
+    quorum: Literal["skip", "shrink"] = "skip"
+    """What a rule does that bears `f` attackers only among more participants than a round has left: `skip` leaves the
+    round out, `shrink` bears as many as its bound allows there, down to 0, and the ledger says so. With `shrink` who keeps
+    others from counting chooses how few attackers are borne."""
     use_counts: bool = False
     """Multiply weights by the clients' claimed row counts, capped at `max_count`. A count is a claim: off by default."""
     max_count: Count = 1000

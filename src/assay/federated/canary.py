@@ -5,6 +5,10 @@ first strips safety, one that raises the second strips usefulness (a client that
 are taken against the round's start and against a fixed anchor, the adapter of round 0, so that slow poisoning adds up.
 The same limits gate the aggregate: screens may miss every client, the gate still rolls the round back.
 
+The anchor is one budget for all clients together: who spends it leaves none to the others (attack `anchor_pusher`). With
+`anchor = "own"` a client whose step alone is fine is refused for the anchor only if its own rises are, on average over
+its rounds, larger than those of any rehearsed honest client.
+
 Blind spots, stated: a paired backdoor (refuses normally, complies on a secret phrase) raises neither loss.
 """
 
@@ -38,6 +42,9 @@ class CanaryLimits:
     refusal_anchor: float
     safe_step: float
     safe_anchor: float
+    refusal_usual: float | None = None
+    safe_usual: float | None = None
+    """Largest mean rise of one honest client over its rounds, falls counted as 0; None: rehearsed before it was kept."""
 
 
 class Measure:
@@ -81,15 +88,11 @@ class Rise:
 
     def harm(self, limits: CanaryLimits) -> float:
         """Suspicion: > 1 breaks a refusal limit. The anchor counts only for updates that move further away from it."""
-        step = self.refusal_step / limits.refusal_step
-        anchor = self.refusal_anchor / limits.refusal_anchor if self.refusal_step > 0 else -np.inf
-        return float(max(step, anchor))
+        return _into(self.refusal_step, self.refusal_anchor, limits.refusal_step, limits.refusal_anchor)
 
     def waste(self, limits: CanaryLimits) -> float:
         """The same for safe answers."""
-        step = self.safe_step / limits.safe_step
-        anchor = self.safe_anchor / limits.safe_anchor if self.safe_step > 0 else -np.inf
-        return float(max(step, anchor))
+        return _into(self.safe_step, self.safe_anchor, limits.safe_step, limits.safe_anchor)
 
     def evidence(self) -> dict[str, float]:
         return {
@@ -100,21 +103,37 @@ class Rise:
         }
 
 
+def _into(step: float, anchor: float, step_limit: float, anchor_limit: float, usual: float | None = None) -> float:
+    """How far into the limits; where a `usual` share is given (own mean rise in honest ones) it stands for a broken anchor."""
+    spent = anchor / anchor_limit if step > 0 else -np.inf
+    if usual is not None and spent > 1:
+        spent = usual
+    return float(max(step / step_limit, spent))
+
+
 class Canary:
     """Screen: weight 0 for an update whose refusal loss rises past the limits; one that only raises the loss of safe
     answers goes to `review` with its weight cut to limit/rise: honest clients with many refusals look like that."""
 
     name = "canary"
 
-    def __init__(self, measure: Measure, limits: CanaryLimits) -> None:
-        self.measure, self.limits = measure, limits
+    def __init__(self, measure: Measure, limits: CanaryLimits, anchor: str = "each") -> None:
+        if anchor not in ("each", "own"):
+            raise ValueError(f"anchor must be each or own, got {anchor!r}")
+        if anchor == "own" and (limits.refusal_usual is None or limits.safe_usual is None):
+            raise ValueError("anchor = own needs what honest clients usually spend; rehearse again")
+        self.measure, self.limits, self.anchor = measure, limits, anchor
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         anchor, start, *after = self.measure([round.initial, round.start, *(u.tensors for u in round.updates)])
-        out = []
+        out, spent = [], dict(state.get("spent", {}))
         for update, losses in zip(round.updates, after):
             rise = Rise.of(losses, start, anchor)
-            harm, waste = rise.harm(self.limits), rise.waste(self.limits)
+            if self.anchor == "own":
+                spent[update.participant] = own = _add(spent.get(update.participant, (0, 0.0, 0.0)), rise)
+                harm, waste = self._by_own(rise, own)
+            else:
+                harm, waste = rise.harm(self.limits), rise.waste(self.limits)
             weight, reason, sentence = 1.0, Reason.OK, ""
             if not np.isfinite([losses.refusal, losses.safe]).all():
                 weight, reason, sentence = 0.0, Reason.CANARY, "the model gives no finite loss with this update applied"
@@ -139,7 +158,27 @@ class Canary:
                     evidence=rise.evidence(),
                 )
             )
-        return out, state
+        return out, {"spent": spent} if self.anchor == "own" else state
+
+    def _by_own(self, rise: Rise, own: Spent) -> tuple[float, float]:
+        """Harm and waste, where a broken anchor is held against the client's own mean rises."""
+        limits, (rounds, refusal, safe) = self.limits, own
+        assert limits.refusal_usual is not None
+        assert limits.safe_usual is not None
+        usual = refusal / rounds / limits.refusal_usual, safe / rounds / limits.safe_usual
+        return (
+            _into(rise.refusal_step, rise.refusal_anchor, limits.refusal_step, limits.refusal_anchor, usual[0]),
+            _into(rise.safe_step, rise.safe_anchor, limits.safe_step, limits.safe_anchor, usual[1]),
+        )
+
+
+Spent = Sequence[float]
+"""A client's rounds, and the sums of its rises of both losses, falls counted as 0: nobody saves up for later."""
+
+
+def _add(spent: Spent, rise: Rise) -> list[float]:
+    rises = (max(0.0, r) if np.isfinite(r) else 0.0 for r in (rise.refusal_step, rise.safe_step))
+    return [spent[0] + 1, *(total + r for total, r in zip(spent[1:], rises))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from assay.federated import published, screens
 from assay.federated.canary import Canary, Gate, Measure
 from assay.federated.claims import Ordered
 from assay.federated.probe import Probe
-from assay.federated.rehearsal import Rehearsal
+from assay.federated.rehearsed import Rehearsal
 from assay.federated.spectral import FEWEST
 from assay.verdict import Screen
 from assay.wire import Limits
@@ -26,7 +26,7 @@ from assay.wire import Limits
 GATE = "gate"
 LEVELS: Mapping[str, tuple[str, ...]] = {
     "none": ("structure",),
-    "submitted": ("structure", "norm", "probe", "neighbours", "canary", "duplicate", GATE),
+    "submitted": ("structure", "norm", "probe", "neighbours", "balance", "canary", "duplicate", GATE),
     "step": ("structure", "step"),
     "client": ("structure", "client"),
     "shadow": ("structure", "shadow"),
@@ -240,6 +240,20 @@ def _neighbours(experiment: Experiment, material: Material, given: Mapping[str, 
     return Parts(fixed, {"limit": rehearsal.neighbour_limit, "k": experiment.defence.neighbours})
 
 
+def _probe_a(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
+    rehearsal, _ = material.rehearsal()
+    if rehearsal.probe_a is None:
+        raise ConfigError("screen probe_a: the rehearsal at hand was not asked for it; rehearse again")
+    return Parts({"probe": rehearsal.probe_a}, {"limit": rehearsal.probe_a_limit})
+
+
+def _balance(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
+    rehearsal, _ = material.rehearsal()
+    if rehearsal.spread is None:
+        raise ConfigError("screen balance: the rehearsal at hand is older than this screen; rehearse again")
+    return Parts({"spread": rehearsal.spread}, {})
+
+
 def _canary(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
     rehearsal, measure = material.rehearsal()
     return Parts({"measure": measure, "limits": rehearsal.canary_limits(experiment.defence.canary)}, {})
@@ -293,6 +307,8 @@ BUILDERS: Mapping[str, Builder] = {
     "norm": _norm,
     "probe": _probe,
     "neighbours": _neighbours,
+    "balance": _balance,
+    "probe_a": _probe_a,
     "canary": _canary,
     "step": _step,
     "client": _client,

@@ -27,7 +27,7 @@ from assay.config import ConfigError, Experiment, parse
 from assay.contribution import Tensors, flatten, tensors_sha256, unflatten
 from assay.federated import aggregators, server_opt, store
 from assay.federated.aggregators import Memory, ToleranceError
-from assay.federated.round import claimed_weight, merge
+from assay.federated.merge import claimed_weight, merge
 
 CAVEAT = (
     "A re-aggregation, not a retraining: after their first round together the other clients trained from a model that "
@@ -43,6 +43,7 @@ class PlayedRound:
     outcome: str
     sha256: Mapping[str, str]
     weight: Mapping[str, float]
+    longest: Mapping[str, float]
     before: str
     after: str
 
@@ -133,6 +134,7 @@ def _played(body: Mapping[str, Any], experiment: Experiment) -> PlayedRound:
         weight={
             c["participant"]: claimed_weight(c["weight"], c["num_examples"], experiment.aggregation) for c in accepted
         },
+        longest={c["participant"]: c["longest"] for c in accepted if "longest" in c},
         before=body["model_before"],
         after=body["model_after"],
     )
@@ -172,21 +174,24 @@ def excise(script: Script, clients: Sequence[str]) -> Excised:
             names, start = sorted(played.sha256), unflatten(theirs_D, initial)
             updates = [store.get(folder, played.sha256[n]) for n in names]
             weight_N = np.array([played.weight[n] for n in names])
+            longest_N = np.array([played.longest.get(n, np.inf) for n in names]) if played.longest else None
             left_N = np.where(np.isin(names, list(clients)), 0.0, weight_N)
             share = float(1 - left_N.sum() / weight_N.sum())
             ours = theirs = None
             try:
                 if left_N.any():
-                    ours, memory, _ = merge(updates, names, start, left_N, aggregate, experiment.aggregation, memory)
+                    ours = merge(updates, names, start, left_N, aggregate, experiment.aggregation, memory, longest_N)
+                    memory = ours.memory
                 else:
                     outcome = "skipped: nobody is left"
             except ToleranceError as error:
                 outcome = f"skipped: {error}"
-            theirs, kept, _ = merge(updates, names, start, weight_N, aggregate, experiment.aggregation, kept)
+            theirs = merge(updates, names, start, weight_N, aggregate, experiment.aggregation, kept, longest_N)
+            kept = theirs.memory
             if played.outcome == "applied":  # what the gate sent back is remembered by some aggregators, no more
                 if ours is not None:
-                    ours_D, ours_opt = opt.update(ours, ours_opt, ours_D)
-                theirs_D, theirs_opt = opt.update(theirs, theirs_opt, theirs_D)
+                    ours_D, ours_opt = opt.update(ours.delta_D, ours_opt, ours_D)
+                theirs_D, theirs_opt = opt.update(theirs.delta_D, theirs_opt, theirs_D)
             else:
                 outcome = played.outcome
         if tensors_sha256(unflatten(theirs_D, initial)) != played.after:

@@ -21,7 +21,7 @@ from assay.config import ConfigError, LoraSettings
 from assay.contribution import Template, Tensors
 from assay.models import Base
 
-Features = Literal["first_b", "all_b", "all"]
+Features = Literal["first_b", "all_b", "all_a", "all"]
 
 
 class Carrier:
@@ -111,15 +111,15 @@ def is_a(name: str) -> bool:
 
 
 def feature_names(names: list[str], features: Features) -> tuple[str, ...]:
-    """Sorted tensor names a probe reads: `first_b` (the paper's: lora_B of the first layer), `all_b`, `all`."""
+    """Sorted tensor names a probe reads: `first_b` (the paper's: lora_B of the first layer), `all_b`, `all_a`, `all`."""
     b = [n for n in names if "lora_B" in n]
     if features == "first_b":
         first = min((layer_of(n) for n in b), default=-1)
         chosen = [n for n in b if layer_of(n) == first]
     else:
-        chosen = b if features == "all_b" else list(names)
+        chosen = {"all_b": b, "all_a": [n for n in names if is_a(n)]}.get(features, list(names))
     if not chosen:
-        raise ConfigError("the adapter has no lora_B tensors: probes read LoRA adapters only")
+        raise ConfigError("the adapter has no lora_A or no lora_B tensors: probes read LoRA adapters only")
     return tuple(sorted(chosen))
 
 

@@ -17,12 +17,13 @@ from assay.federated import scaffold, server_opt
 from assay.federated.canary import Measure
 from assay.federated.collect import CollectSettings, collect, fit_probe
 from assay.federated.compute import Compute
-from assay.federated.defence import Material
+from assay.federated.defence import Material, names
 from assay.federated.evaluate import loss_settings
 from assay.federated.local_sft import LocalSettings
 from assay.federated.population import Sources, load_sources, make_attack
 from assay.federated.probe import Probe
-from assay.federated.rehearsal import Rehearsal, canary_rows, rehearse, rounds_of
+from assay.federated.rehearsal import canary_rows, rehearse, rounds_of
+from assay.federated.rehearsed import Rehearsal
 from assay.federated.warmup import Aligned, aligned, places, rows_for, settings_of
 from assay.progress import Tracker
 
@@ -182,7 +183,11 @@ def get_rehearsal(
     key = rehearsal_key(experiment, prepared, sources)
     path = models.cache_dir() / "rehearsals" / f"{key[:16]}.safetensors"
     if path.exists():
-        return Rehearsal.load(path)
+        found = Rehearsal.load(path)
+        lacks = {"balance": found.spread is None, "probe_a": found.probe_a is None}
+        lacks["canary"] = found.canary.refusal_usual is None and experiment.defence.params.get("canary") is not None
+        if not any(lacks.get(name) for name in names(experiment)):  # else a file of before the screen: play again
+            return found
     config = experiment.defence.rehearsal
     again = 8 if experiment.training.prox_mu and experiment.training.optimizer == "adamw" else 0
     rounds = rounds_of(experiment)

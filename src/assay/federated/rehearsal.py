@@ -12,108 +12,32 @@ Legend: M bank rows, D values.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save as save_safetensors
 
 from assay import data
-from assay.checkpoint import write_atomic
-from assay.config import CanaryConfig, ConfigError, Experiment
+from assay.config import ConfigError, Experiment
 from assay.contribution import Tensors, flatten, unflatten
 from assay.data import Example
 from assay.federated import aggregators, scaffold, server_opt
+from assay.federated.balance import Spread, shares
 from assay.federated.canary import CanaryLimits, Measure, Rise
 from assay.federated.compute import Compute, Tick, TrainJob, no_tick
 from assay.federated.local_sft import LocalSettings
 from assay.federated.lora import unit_rows
 from assay.federated.population import Sources, seed_of
 from assay.federated.probe import Probe, feature_deltas, fit
+from assay.federated.rehearsed import NEIGHBOUR_FLOOR, PROBE_FLOOR
+from assay.federated.rehearsed import Rehearsal as Rehearsal  # where it has always been found
 from assay.federated.screens import neighbour_ratio
 from assay.federated.warmup import unseen
 from assay.metrics import auroc
 
-FORMAT = "assay.rehearsal/1"
 MIXED = "mixed"
 LEAST_ROUNDS, MOST_ROUNDS = 6, 10  # fewer leave too small a bank
-PROBE_FLOOR, NEIGHBOUR_FLOOR = 1.3, 1.15
-"""Smallest limits of the filters (a logit, a ratio of distances): rehearsal on narrow data must not turn strangers
-away. Plain attackers lie far above (7 and 2 on the default model), honest strangers stayed below, and the canary looks
-at everybody all the same."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsal:
-    """Everything `submitted` needs to judge: bank, probe, thresholds, canary limits."""
-
-    bank_MD: NDArray[np.float16]
-    malicious_M: NDArray[np.bool_]
-    norm_by_round: tuple[float, ...]
-    lr_by_round: tuple[float, ...]
-    probe: Probe
-    probe_limit: float
-    neighbour_limit: float
-    canary: CanaryLimits
-    notes: dict[str, Any]
-
-    def norm_limit(self, round: int, lr: float) -> float:
-        """Largest honest norm of `round` (1-based; later rounds: the last rehearsed one), scaled to its rate.
-
-        The steps of AdamW and sgd are proportional to the rate, and round 1 is smaller: A cannot move while B is zero.
-        """
-        at = min(round, len(self.norm_by_round)) - 1
-        return self.norm_by_round[at] * lr / self.lr_by_round[at]
-
-    def canary_limits(self, floors: CanaryConfig) -> CanaryLimits:
-        """The rehearsed limits, none below its floor (they can be negative: honest training may help refusals)."""
-        raw = self.canary
-        return CanaryLimits(
-            refusal_step=max(floors.floor, raw.refusal_step),
-            refusal_anchor=max(floors.anchor_floor, raw.refusal_anchor),
-            safe_step=max(floors.floor, raw.safe_step),
-            safe_anchor=max(floors.anchor_floor, raw.safe_anchor),
-        )
-
-    def save(self, path: Path) -> None:
-        header = {
-            "format": FORMAT,
-            "norm_by_round": self.norm_by_round,
-            "lr_by_round": self.lr_by_round,
-            "probe_limit": self.probe_limit,
-            "neighbour_limit": self.neighbour_limit,
-            "canary": asdict(self.canary),
-            "notes": self.notes,
-            "bias": self.probe.bias,
-            "base_sha256": self.probe.base_sha256,
-        }
-        tensors = {"bank": self.bank_MD, "malicious": self.malicious_M.astype(np.uint8), "weight": self.probe.weight_D}
-        write_atomic(path, save_safetensors(tensors, {"assay": json.dumps(header, sort_keys=True)}))
-
-    @classmethod
-    def load(cls, path: Path) -> Rehearsal:
-        with safe_open(str(path), framework="numpy") as file:
-            header = json.loads((file.metadata() or {})["assay"])
-            if header["format"] != FORMAT:
-                raise ConfigError(f"{path}: not a rehearsal of format {FORMAT}; delete it to rehearse again")
-            bank, malicious, weight = (file.get_tensor(n) for n in ("bank", "malicious", "weight"))
-        probe = Probe(weight_D=weight, bias=header["bias"], features="all_b", base_sha256=header["base_sha256"])
-        return cls(
-            bank_MD=bank,
-            malicious_M=malicious.astype(bool),
-            norm_by_round=tuple(header["norm_by_round"]),
-            lr_by_round=tuple(header["lr_by_round"]),
-            probe=probe,
-            probe_limit=header["probe_limit"],
-            neighbour_limit=header["neighbour_limit"],
-            canary=CanaryLimits(**header["canary"]),
-            notes=header["notes"],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +128,7 @@ def rehearse(
     adapter, anchor = initial, measure([initial])[0]
     opt, average = server_opt.of(experiment.server), aggregators.make("mean")
     opt_state, controls = opt.init(flatten(initial)), dict[str, NDArray[np.float32]]()
-    bank, actors_M, norms, rises = [], [], [], []
+    bank, actors_M, norms, rises, share_RNS, of_a = [], [], [], [], [], []
     actors = cast(experiment, sources)
     honest_N = np.array([not a.malicious for a in actors])
     left_N = _left(honest_N, config.honest, experiment.seed)
@@ -225,6 +149,9 @@ def rehearse(
         delta_ND = np.stack([flatten(t) for t in made]) - base_D
         norms.append(_reach(compute, jobs, delta_ND, honest_N, base_D, experiment, tick))
         bank.append(unit_rows(feature_deltas(made, adapter, "all_b")).astype(np.float16))
+        share_RNS.append([shares(t, adapter) for t, ok in zip(made, honest_N) if ok])
+        if wants_probe_a(experiment):
+            of_a.append(unit_rows(feature_deltas(made, adapter, "all_a")))
         actors_M += actors
         rises += [Rise.of(losses, start, anchor) for losses in after]
         if experiment.training.scaffold:  # as if all but those left had been refused
@@ -233,7 +160,30 @@ def rehearse(
         params_D, opt_state = opt.update(delta_ND[left_N].mean(axis=0), opt_state, base_D)
         adapter = unflatten(params_D, adapter)
     lrs = [settings_of_round[min(r, len(settings_of_round) - 1)].lr for r in range(rounds_of(experiment))]
-    return _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
+    spread = Spread.of(np.array(share_RNS), config.margin)
+    made_of = _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
+    if of_a:
+        probe_a, limit = _probe_on_a(np.concatenate(of_a), actors_M, config.margin, base_sha256)
+        made_of = replace(made_of, probe_a=probe_a, probe_a_limit=limit)
+    return replace(made_of, spread=spread)
+
+
+def wants_probe_a(experiment: Experiment) -> bool:
+    """Whether lora_A is to be read by a probe of its own: as much again to fit as the one on lora_B."""
+    return "probe_a" in (experiment.defence.screens or ())
+
+
+def _probe_on_a(
+    x_MD: NDArray[np.float32], actors: Sequence[Actor], margin: float, base_sha256: str
+) -> tuple[Probe, float]:
+    """The probe on lora_A and its limit, by the rule of the one on lora_B: each slot scored as a stranger."""
+    malicious_M, slot_M = np.array([a.malicious for a in actors]), np.array([a.slot for a in actors])
+    logit_M = np.zeros(len(actors))
+    for slot in sorted(set(slot_M[~malicious_M])):
+        own = slot_M == slot
+        logit_M[own] = fit(x_MD[~own], malicious_M[~own], "all_a").logits(x_MD[own])
+    probe = fit(x_MD, malicious_M, "all_a", base_sha256=base_sha256)
+    return probe, max(PROBE_FLOOR, limit_of(logit_M[~malicious_M], margin))
 
 
 def _left(honest_N: NDArray[np.bool_], count: int, seed: int) -> NDArray[np.bool_]:
@@ -313,7 +263,19 @@ def _calibrate(
         **{
             key: limit_of([getattr(r, key) for r in honest], experiment.defence.canary.margin)
             for key in ("refusal_step", "refusal_anchor", "safe_step", "safe_anchor")
-        }
+        },
+        **{
+            f"{what}_usual": limit_of(
+                [
+                    float(
+                        np.mean([max(0.0, getattr(r, f"{what}_step")) for r, a in zip(rises, actors) if a.slot == slot])
+                    )
+                    for slot in sorted(set(slot_M[~malicious_M]))
+                ],
+                margin,
+            )
+            for what in ("refusal", "safe")
+        },
     )
     harm = [r.refusal_step for r in rises]
     return Rehearsal(

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from assay.config import AggregationConfig
-from assay.contribution import LoraUpdate, Refusal, Round, Tensors, differences, flatten, tensors_sha256, unflatten
+from assay.contribution import LoraUpdate, Refusal, Round, Tensors, flatten, tensors_sha256, unflatten
 from assay.federated import scaffold
-from assay.federated.aggregators import Aggregator, Memory, ToleranceError, step
-from assay.federated.aggregators.product import Truncation, average_products
+from assay.federated.aggregators import Aggregator, Memory, ToleranceError
+from assay.federated.aggregators.product import Truncation
 from assay.federated.canary import GateResult
 from assay.federated.defence import Defence
+from assay.federated.merge import claimed_weight, merge, shorten
 from assay.federated.server_opt import OptState, ServerOpt
 from assay.verdict import Screened, State, screen_round
 
@@ -78,6 +79,7 @@ class Outcome:
                     "screen": deciding[name].screen if name in deciding else "",
                     "reason": deciding[name].reason.value if name in deciding else "ok",
                     "sentence": deciding[name].sentence if name in deciding else "",
+                    **({"longest": self.screened.longest[name]} if name in self.screened.longest else {}),
                 }
                 for name in sorted(weight)
             ],
@@ -133,15 +135,15 @@ def run_round(
             left = replace(round, updates=tuple(u for u, w in zip(round.updates, weight_N) if w > 0))
             sent, names = [u.tensors for u in left.updates], [u.participant for u in left.updates]
             weight_N = weight_N[weight_N > 0]
-            delta_D, remembered, truncation = merge(
-                sent, names, round.start, weight_N, aggregate, aggregation, state.memory
-            )
+            longest_N = longest(left, screened)
+            merged = merge(sent, names, round.start, weight_N, aggregate, aggregation, state.memory, longest_N)
             absent = {*(u.participant for u in round.updates), *(r.participant for r in round.refused)} - {*names}
-            varied = _controls(left, weight_N, absent, state.controls, controls_rule, aggregate)
-            params_D, opt_state = opt.update(delta_D, state.opt, flatten(state.adapter))
-            after, memory, controls = unflatten(params_D, state.adapter), remembered, varied
+            varied = _controls(left, weight_N, longest_N, absent, state.controls, controls_rule, merged.used)
+            params_D, opt_state = opt.update(merged.delta_D, state.opt, flatten(state.adapter))
+            after, memory, controls = unflatten(params_D, state.adapter), merged.memory, varied
+            truncation, why = merged.truncation, merged.note
         except ToleranceError as error:  # peers decide how many remain: that is data, not a mistake of the operator
-            result, why = "skipped", str(error)
+            result, why = "skipped", _too_few(error, screened)
     seconds["aggregate"] = time.perf_counter() - at
     gate, at = None, time.perf_counter()
     if defence.gate is not None and result == "applied":
@@ -172,6 +174,7 @@ def run_round(
 def _controls(
     left: Round,
     weight_N: NDArray[np.float64],
+    longest_N: NDArray[np.float64] | None,
     absent: Collection[str],
     controls: scaffold.Controls,
     rule: scaffold.Rule | None,
@@ -179,28 +182,23 @@ def _controls(
 ) -> scaffold.Controls:
     if rule is None:
         return controls
-    names = [u.participant for u in left.updates]
-    return scaffold.update(controls, names, left.deltas(), weight_N, rule, aggregate, absent)
+    names, delta_ND = [u.participant for u in left.updates], left.deltas()
+    if longest_N is not None:
+        shorten(delta_ND, longest_N)
+    return scaffold.update(controls, names, delta_ND, weight_N, rule, aggregate, absent)
 
 
-def merge(
-    updates: Sequence[Tensors],
-    names: Sequence[str],
-    start: Tensors,
-    weight_N: NDArray[np.float64],
-    aggregate: Aggregator,
-    aggregation: AggregationConfig,
-    memory: Memory,
-) -> tuple[NDArray[np.float32], Memory, Truncation | None]:
-    """Adapters as one delta on `start`, factor-wise by the aggregator, or exactly as products.
+def _too_few(error: ToleranceError, screened: Screened) -> str:
+    """Why a rule with a quorum left the round out, with who is missing."""
+    refused = sum(w == 0 for w in screened.weight.values())
+    return f"{error}; {len(screened.weight)} sent something, {refused} of them refused"
 
-    `names` are whose updates they are, for aggregators that remember. Raises the aggregator's ToleranceError.
-    """
-    if aggregation.average == "product":
-        adapter, truncation = average_products(updates, weight_N)
-        return flatten(adapter) - flatten(start), memory, truncation
-    delta_D, memory = step(aggregate, differences(updates, start), weight_N, names, memory)
-    return delta_D, memory, None
+
+def longest(round: Round, screened: Screened) -> NDArray[np.float64] | None:
+    """longest_N of the round's updates, infinite where nothing bounds one; None where nothing bounds any."""
+    if not screened.longest:
+        return None
+    return np.array([screened.longest.get(u.participant, np.inf) for u in round.updates])
 
 
 def effective_weights(round: Round, screened: Screened, aggregation: AggregationConfig) -> NDArray[np.float64]:
@@ -208,8 +206,3 @@ def effective_weights(round: Round, screened: Screened, aggregation: Aggregation
     return np.array(
         [claimed_weight(screened.weight[u.participant], u.num_examples, aggregation) for u in round.updates]
     )
-
-
-def claimed_weight(weight: float, num_examples: int, aggregation: AggregationConfig) -> float:
-    """One contribution's weight in the aggregate."""
-    return weight * min(num_examples, aggregation.max_count) if aggregation.use_counts else weight

@@ -9,7 +9,8 @@ Legend: N updates, M bank rows, D values.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from assay.config import ConfigError
 from assay.contribution import BLOCK_VALUES, LoraUpdate, Round, misfit
+from assay.federated.balance import Balance
 from assay.federated.level_screens import ClientLevel, EvidenceLevel, ShadowLevel, StepLevel
 from assay.federated.lora import feature_names, is_a
 from assay.federated.probe import Probe, feature_deltas
@@ -60,16 +62,27 @@ class Norm:
     `refuse` x the limit, and rules that choose rows do not shorten them. Honest clients lie within 0.90-1.10 of each
     other; 1.15 costs them nothing. Without a rehearsal (`limit_of_round` None) the limit is the median norm of the round,
     which a malicious majority moves.
+
+    `acts = "length"`: up to `refuse` x every row keeps weight 1 and is cut to `clip` x the limit where it is merged, so
+    that no row longer than that acts, whatever the others send and whatever the rule.
     """
 
     limit_of_round: Callable[[int], float] | None
     clip: float = 1.15
     refuse: float = 1.5
+    acts: str = "weight"
     name: str = "norm"
 
     def __post_init__(self) -> None:
         if not 0 < self.clip <= self.refuse:
             raise ValueError(f"clip must be positive and not above refuse, got {self.clip} and {self.refuse}")
+        if self.acts not in ("weight", "length"):
+            raise ValueError(f"acts must be weight or length, got {self.acts!r}")
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether its verdicts want rows cut: who merges must do that."""
+        return self.acts == "length"
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         square_N = np.zeros(len(round.updates))
@@ -84,7 +97,11 @@ class Norm:
             weight = 1.0 if ratio <= self.clip else 0.0 if ratio > self.refuse else self.clip / ratio
             against = "the largest rehearsed honest norm" if known else "the median norm of the round"
             sentence = f"update norm is {ratio:.2f} x {against}"
-            out.append(say(update, self.name, weight, Reason.NORM, sentence, ratio, norm=norm, ratio=ratio))
+            longest = np.inf
+            if self.cuts_rows and weight > 0:
+                weight, longest = 1.0, self.clip * limit
+            made = say(update, self.name, weight, Reason.NORM, sentence, ratio, norm=norm, ratio=ratio)
+            out.append(replace(made, longest=longest))
         return out, state
 
 
@@ -125,6 +142,7 @@ class ProbeFilter:
     """A linear probe on the submitted update, refused above a rehearsed threshold on the logit.
 
     Stops careless attackers only: who trains a surrogate probe on his own updates removes its direction (LAB.md).
+    `probe` reads lora_B, `probe_a` lora_A: against poison that `balance` leaves there.
     """
 
     probe: Probe
@@ -210,6 +228,8 @@ SCREENS: Mapping[str, Callable[..., Screen]] = {
     "duplicate": Duplicate,
     "probe": ProbeFilter,
     "neighbours": Neighbours,
+    "balance": Balance,
+    "probe_a": partial(ProbeFilter, name="probe_a"),
     "step": StepLevel,
     "client": ClientLevel,
     "shadow": ShadowLevel,

@@ -18,6 +18,7 @@ from assay.contribution import Tensors, flatten, unflatten
 from assay.federated import scaffold
 from assay.federated.attacks import Attack, Branch, Handed, Seat, Seen, Sending
 from assay.federated.attacks.seat import Bank, Check, Delta, Linear, where
+from assay.federated.canary import Canary, Rise
 from assay.federated.compute import TrainJob
 from assay.federated.defence import Defence
 from assay.federated.local_sft import LocalResult, LocalSettings
@@ -181,7 +182,7 @@ def _job(branch: Branch, start: Tensors, settings: LocalSettings, correction: Te
 
 def handed_over(table: Table, round: int, start: Tensors) -> Handed:
     """Probe, bank, limits and prompts of the defence in force, for attackers who ask."""
-    probe, bank, checks = None, None, []
+    probe, bank, checks, harm = None, None, [], None
     for screen in table.defence.screens:
         if isinstance(screen, Norm) and screen.limit_of_round is not None:
             checks.append(Check("norm", _length, screen.limit_of_round(round) * screen.clip))
@@ -192,20 +193,33 @@ def handed_over(table: Table, round: int, start: Tensors) -> Handed:
                 limit=screen.limit,
             )  # fmt: skip
             checks.append(Check("neighbours", _ratio_of(screen, start, names), screen.limit))
+        elif isinstance(screen, Canary):
+            harm = _harm_of(screen, start, table.initial)
         elif isinstance(screen, ProbeFilter):
-            probe = _linear(screen.probe, screen.limit, start)
+            read = _linear(screen.probe, screen.limit, start)
+            checks.append(Check(screen.name, _logit_of(read, start), read.limit))
+            probe = read if screen.name == "probe" else probe
         else:  # the paper's levels judge p(malicious) >= threshold
             held, threshold = getattr(screen, "probe", None), getattr(screen, "threshold", None)
             if isinstance(held, Probe) and threshold is not None:
                 probe = _linear(held, float(np.log(threshold / max(1e-9, 1 - threshold))), start)
-    if probe is not None:
+    if probe is not None and all(check.name != "probe" for check in checks):
         checks.append(Check("probe", _logit_of(probe, start), probe.limit))
-    return Handed(probe=probe, bank=bank, checks=tuple(checks), prompts=table.prompts)
+    return Handed(probe=probe, bank=bank, checks=tuple(checks), prompts=table.prompts, harm=harm)
 
 
 def _linear(probe: Probe, limit: float, start: Tensors) -> Linear:
     names = feature_names(list(start), probe.features)
     return Linear(names=names, weight_D=probe.weight_D, bias=probe.bias, limit=limit)
+
+
+def _harm_of(screen: Canary, start: Tensors, initial: Tensors) -> Callable[[Delta], float]:
+    def harm(delta_D: Delta) -> float:
+        adapter = unflatten(flatten(start) + delta_D, start)
+        anchor, before, after = screen.measure([initial, start, adapter])
+        return Rise.of(after, before, anchor).harm(screen.limits)
+
+    return harm
 
 
 def _length(delta_D: Delta) -> float:

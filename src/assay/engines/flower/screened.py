@@ -110,6 +110,10 @@ class Screened(Strategy):
             raise ConfigError(f"screens: {twice[0]} is named twice; a weight would count twice")
         if stray := sorted(self.monitor - set(names)):
             raise ConfigError(f"monitor: no screen {stray[0]!r}; there are {', '.join(names) or 'none'}")
+        if cutting := [s.name for s in self.screens if getattr(s, "cuts_rows", False) and s.name not in self.monitor]:
+            raise ConfigError(
+                f"screens: {cutting[0]} wants rows cut to length, but a strategy merges whole replies; use acts='weight'"
+            )
         if not 1 <= self.max_examples <= 1e9:
             raise ConfigError(f"max_examples must be from 1 to 1e9, got {self.max_examples}")
 

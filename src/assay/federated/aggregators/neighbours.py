@@ -59,12 +59,9 @@ def krum(f: int | str, m: int = 1, variant: str = PAPER) -> Aggregator:
     def rule(rows: Present) -> NDArray[np.float32]:
         borne = attackers(rows, f)
         distance_NN = _others(rows, borne, variant)
-        if variant != SAFE_FEDLLM:
-            return weighted_mean(rows.only(_best(distance_NN, rows, borne, variant, m)))
-        distance_NN = np.sqrt(distance_NN)
-        [winner] = _best(distance_NN, rows, borne, variant, 1)
-        nearest = np.argsort(distance_NN[winner], kind="stable")[: rows.n - borne - 1]
-        return weighted_mean(rows.only([winner, *nearest]))
+        if variant == SAFE_FEDLLM:
+            return weighted_mean(rows.only(_around_the_winner(distance_NN, rows, borne, rows.n - borne)))
+        return weighted_mean(rows.only(_best(distance_NN, rows, borne, variant, m)))
 
     return Ruled(rule)
 
@@ -72,13 +69,16 @@ def krum(f: int | str, m: int = 1, variant: str = PAPER) -> Aggregator:
 def multi_krum(f: int | str, m: int | None = None, variant: str = PAPER) -> Aggregator:
     """Multi-Krum (Blanchard et al. 2017, section 4): the weighted mean of the m rows with the best Krum scores.
 
-    `m` None: as many as the variant allows, n-f-2 of `paper`, n-f of `byzfl`. Weights and ties as in `krum`.
+    `m` None: as many as the variant allows, n-f-2 of `paper`, n-f of the others. Weights and ties as in `krum`.
+    `safe-fedllm`: the published code has no rule of this name, and its Krum is a mean of several rows already: the
+    winner and the rows nearest to the *winner*, not those with the best scores of their own. Here with m rows in
+    all, so that at m None it is that Krum.
 
     >>> multi_krum(f=1, variant="byzfl")(np.array([[1], [2], [3], [1e6]], np.float32), [1, 1, 1, 1])
     array([2.], dtype=float32)
     """
     check_attackers("multi_krum", f)
-    check_choice("multi_krum", "variant", variant, (PAPER, BYZFL))
+    check_choice("multi_krum", "variant", variant, (PAPER, BYZFL, SAFE_FEDLLM))
     if m is not None:
         check_count("multi_krum", "m", m, 1)
 
@@ -86,6 +86,8 @@ def multi_krum(f: int | str, m: int | None = None, variant: str = PAPER) -> Aggr
         borne = attackers(rows, f)
         distance_NN = _others(rows, borne, variant, "multi_krum")
         count = max(1, rows.n - borne - (2 if variant == PAPER else 0)) if m is None else m
+        if variant == SAFE_FEDLLM:
+            return weighted_mean(rows.only(_around_the_winner(distance_NN, rows, borne, count)))
         return weighted_mean(rows.only(_best(distance_NN, rows, borne, variant, count)))
 
     return Ruled(rule)
@@ -145,14 +147,26 @@ def _off_diagonal(rows: Present) -> NDArray[np.float64]:
     return distance_NN
 
 
-def _best(distance_NN: NDArray[np.float64], rows: Present, f: int, variant: str, m: int) -> Sequence[int]:
-    neighbours = max(1, rows.n - f - (2 if variant == PAPER else 1))
-    most = neighbours if variant == PAPER else rows.n - f
+def _around_the_winner(square_NN: NDArray[np.float64], rows: Present, f: int, m: int) -> Sequence[int]:
+    """The row with the least sum of plain distances to its n-f-1 nearest, and the m-1 rows nearest to it."""
+    _check_mean(rows, f, SAFE_FEDLLM, m)
+    distance_NN = np.sqrt(square_NN)
+    [winner] = _best(distance_NN, rows, f, SAFE_FEDLLM, 1)
+    return [winner, *np.argsort(distance_NN[winner], kind="stable")[: m - 1]]
+
+
+def _check_mean(rows: Present, f: int, variant: str, m: int) -> None:
+    most = max(1, rows.n - f - 2) if variant == PAPER else rows.n - f
     if m > most:
         bound, more = ("n-f-2", m + f + 2) if variant == PAPER else ("n-f", m + f)
         raise ToleranceError(
             f"krum averages at most {bound} of n participants: f={f}, m={m} needs {more}, {rows.n} present"
         )
+
+
+def _best(distance_NN: NDArray[np.float64], rows: Present, f: int, variant: str, m: int) -> Sequence[int]:
+    _check_mean(rows, f, variant, m)
+    neighbours = max(1, rows.n - f - (2 if variant == PAPER else 1))
     score_N = _scores(distance_NN, neighbours) / _weights(rows)
     chosen: list[int] = []
     for _ in range(m):

@@ -21,8 +21,10 @@ from assay.config import ConfigError
 from assay.contribution import Tensors, flatten, unflatten
 from assay.federated.attacks.adaptive import Blend, MatchNorms, OnlyA, RemoveProbe, Transplant, UnderThreshold
 from assay.federated.attacks.backdoor import PairedBackdoor, UnpairedBackdoor, triggered
+from assay.federated.attacks.budget import AnchorPusher
 from assay.federated.attacks.claims import ForgedEvidence, InflateCounts
 from assay.federated.attacks.data import HarmfulData, OneTopic, Sleeper, Slow, Strike
+from assay.federated.attacks.factors import Gauge
 from assay.federated.attacks.seat import (
     AddsObjective,
     Branch,
@@ -68,8 +70,10 @@ ATTACKS: Mapping[str, Callable[..., Any]] = {
     "remove_probe": RemoveProbe,
     "transplant": Transplant,
     "only_a": OnlyA,
+    "gauge": Gauge,
     "blend": Blend,
     "under_threshold": UnderThreshold,
+    "anchor_pusher": AnchorPusher,
     "match_norms": MatchNorms,
     "gradient_penalty": GradientPenalty,
     "canary_aware": CanaryAware,

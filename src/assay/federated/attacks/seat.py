@@ -57,13 +57,15 @@ class Check:
 class Handed:
     """The defence as an insider would give it away. What the level in force has not is None or empty.
 
-    `prompts` are the server's secret canary refusals: only an attack that says so reads them.
+    `prompts` are the server's secret canary refusals: only an attack that says so reads them. `harm` is the canary
+    itself: how far into its refusal limits an update goes (1 = at the limit); each call measures on the model.
     """
 
     probe: Linear | None = None
     bank: Bank | None = None
     checks: tuple[Check, ...] = ()
     prompts: Rows = ()
+    harm: Callable[[Delta], float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
