@@ -1,0 +1,50 @@
+"""`assay run --engine flower`: a simulated experiment on Flower's own simulation (Ray), one node a client.
+
+The two apps are those that a deployment runs. Same config and seeds, same result as the `local` engine.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.simulation import run_simulation
+
+from assay import run_dir
+from assay.config import ConfigError, Experiment
+from assay.engines.flower import federated_client, federated_server
+from assay.engines.flower.federated_settings import Settings
+from assay.progress import Tracker
+
+
+def run(
+    experiment: Experiment, directory: Path, *, given: str = "", command: str = "", tracker: Tracker | None = None
+) -> dict[str, Any]:
+    """Run or resume `experiment` in `directory` with each client a node of Flower's simulation; returns the summary."""
+    settings = Settings(
+        experiment=experiment, out=directory.resolve(), given=given, simulation=True, poll=0.1, wait=120.0
+    )
+
+    def known(context: Context) -> Settings:
+        return settings
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of Assay's reports anything to anybody
+    gpu = torch.cuda.is_available()
+    run_simulation(
+        server_app=federated_server.make_app(known, command, tracker),
+        client_app=federated_client.make_app(known),
+        num_supernodes=experiment.clients.total,
+        backend_config={
+            # one at a time on a GPU, as the workers of `local`
+            "client_resources": {"num_cpus": 1, "num_gpus": 1.0 if gpu else 0.0},
+            "init_args": {"num_cpus": experiment.workers or cores},
+        },
+    )
+    summary = run_dir.read_summary(directory)
+    if summary is None:
+        raise ConfigError(f"{directory}: Flower's simulation ended without a summary; its log above says why")
+    return summary
