@@ -122,7 +122,7 @@ def read_update(reply: Message, participant: str, max_bytes: int) -> bytes | Ref
             error = reply.error
             if isinstance(error, GuardError):
                 return refusal(participant, error.refused, error.sentence)
-            said = show(error.reason) if isinstance(error.reason, str) else "nothing more"
+            said = show(error.reason, 300) if isinstance(error.reason, str) else "nothing more"
             return refusal(participant, Reason.MISSING, f"its node reported error {show(error.code)}: {said}")
         content = reply.content
         records = list(content.values())
