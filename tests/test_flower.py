@@ -409,9 +409,12 @@ class Unfit(flower.FedAvg):
         self.lock = Lock()
 
 
-@pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedAdagrad", "FedYogi", "FedMedian", "DPServerFixed"])
+@pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedMedian", "DPServerFixed"])
 def test_a_round_whose_aggregate_fails_the_gate_never_was(name: str, tmp_path: Path) -> None:
-    """All clients leap in round 2 of 3: the end is that of the two other rounds, momentum and all."""
+    """All clients leap in round 2 of 3: the end is that of the two other rounds, momentum and all.
+
+    Of the adaptive ones a leap makes a step like any other, and no gate has anything to refuse.
+    """
 
     def leaping(node: int) -> Node:
         honest = client(node, 1)

@@ -48,10 +48,10 @@ class Simulated:
         made = [{name: next(results) for name in turn.jobs} for turn in turns]
         sent, memory = seats.send(table, turns, made, state.adapter, memory)
         base = setup.prepared.base_sha256
-        messages = {
-            c.name: client.message(sending, participant=c.name, run=setup.run_id, round=round, base_sha256=base)
+        messages = (
+            (c.name, client.message(sending, participant=c.name, run=setup.run_id, round=round, base_sha256=base))
             for c, sending in zip(chosen, sent)
-        }
+        )
         return Sent(messages, memory)
 
     def _seats(self, setup: Setup) -> seats.Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,12 +67,13 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A round's messages by participant as the transport authenticated it: bytes, or why there are none.
+    """A round's messages, each with its participant as the transport authenticated it: bytes, or why there are none.
 
-    `memory` is what simulated attackers keep for the next round, where the server's checkpoint keeps it for them.
+    `messages` is read once, one after the other: whoever makes them need not hold all of them at a time. `memory` is what
+    simulated attackers keep for the next round, where the server's checkpoint keeps it for them.
     """
 
-    messages: Mapping[str, bytes | Refusal]
+    messages: Iterable[tuple[str, bytes | Refusal]]
     memory: Tensors
 
 
@@ -266,11 +267,13 @@ def _play(
     return state, sent.memory, row
 
 
-def _read(setup: Setup, messages: Mapping[str, bytes | Refusal], index: int) -> tuple[list[LoraUpdate], list[Refusal]]:
+def _read(
+    setup: Setup, messages: Iterable[tuple[str, bytes | Refusal]], index: int
+) -> tuple[list[LoraUpdate], list[Refusal]]:
     """Everybody's message as a stranger's: an update, or why there is none."""
     template, limits = setup.template(index), setup.limits()
     updates, refused = [], []
-    for name, message in messages.items():
+    for name, message in messages:
         read: LoraUpdate | Refusal
         if isinstance(message, Refusal):
             read = message

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from assay.config import ConfigError, Experiment
 from assay.contribution import Refusal, Tensors
 from assay.engines.flower.federated_messages import OVERHEAD, Order, public, read_update, refusal, shared, write_order
 from assay.engines.flower.federated_settings import Settings
-from assay.engines.flower.guard import GuardedGrid
+from assay.engines.flower.guard import TRANSPORT, GuardedGrid
 from assay.engines.flower.replies import participant_of
 from assay.engines.rounds import Sent, Setup
 from assay.federated.population import Client, Sources, kinds_of, make_clients, sampled, seed_of
@@ -76,16 +76,20 @@ class FlowerClients:
             messages.append(Message(content, node, "train", ttl=self.timeout + 60, group_id=str(round)))
         by_node = {r.metadata.src_node_id: r for r in self.grid.send_and_receive(messages, timeout=self.timeout)}
         late = {one.node for one in self.grid.late}
-        sent: dict[str, bytes | Refusal] = {}
-        for name, found in picked.items():
-            if found is None:
-                sent[name] = refusal(name, Reason.MISSING, "its node was not connected when the round began")
-            elif found in by_node:
-                sent[name] = read_update(by_node[found], name, limit)
+        return Sent(self._answers(picked, by_node, late, limit), memory)
+
+    def _answers(
+        self, picked: Mapping[str, int | None], by_node: dict[int, Message], late: Collection[int], limit: int
+    ) -> Iterator[tuple[str, bytes | Refusal]]:
+        """One after the other; a reply is let go once it is read."""
+        for name, node in picked.items():
+            if node is None:
+                yield name, refusal(name, Reason.MISSING, "its node was not connected when the round began")
+            elif node in by_node:
+                yield name, read_update(by_node.pop(node), name, limit)
             else:
-                why = f"no answer within {self.timeout:g} s" if found in late else "its order could not be sent"
-                sent[name] = refusal(name, Reason.MISSING, why)
-        return Sent(sent, memory)
+                why = f"no answer within {self.timeout:g} s" if node in late else "its order could not be sent"
+                yield name, refusal(name, Reason.MISSING, why)
 
     def _order(self, setup: Setup, name: str, round: int) -> Order:
         return Order(
@@ -196,8 +200,16 @@ def own_controls(all_of_them: Controls, name: str) -> Controls:
 def connected(grid: GuardedGrid, wanted: int, wait: float) -> list[int]:
     """The nodes that are connected, once there are `wanted` of them or `wait` seconds are over."""
     end = time.monotonic() + wait
-    while len(nodes := sorted(grid.get_node_ids())) < wanted and (left := end - time.monotonic()) > 0:
+    while len(nodes := _nodes(grid)) < wanted and (left := end - time.monotonic()) > 0:
         time.sleep(min(grid.poll, left))
     if len(nodes) < wanted:
         log.warning("Assay: %d of %d nodes are connected after %g s", len(nodes), wanted, wait)
     return nodes
+
+
+def _nodes(grid: GuardedGrid) -> list[int]:
+    try:
+        return sorted(grid.get_node_ids())
+    except TRANSPORT as error:  # the link is down for a moment: as if nobody were there
+        log.warning("Assay: nodes could not be asked for, will be tried again: %s: %s", type(error).__name__, error)
+        return []
