@@ -34,16 +34,22 @@ def run(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of Assay's reports anything to anybody
     gpu = torch.cuda.is_available()
-    run_simulation(
-        server_app=federated_server.make_app(known, command, tracker),
-        client_app=federated_client.make_app(known),
-        num_supernodes=experiment.clients.total,
-        backend_config={
-            # one at a time on a GPU, as the workers of `local`
-            "client_resources": {"num_cpus": 1, "num_gpus": 1.0 if gpu else 0.0},
-            "init_args": {"num_cpus": experiment.workers or cores},
-        },
-    )
+    try:
+        run_simulation(
+            server_app=federated_server.make_app(known, command, tracker),
+            client_app=federated_client.make_app(known),
+            num_supernodes=experiment.clients.total,
+            backend_config={
+                # one at a time on a GPU, as the workers of `local`
+                "client_resources": {"num_cpus": 1, "num_gpus": 1.0 if gpu else 0.0},
+                "init_args": {"num_cpus": experiment.workers or cores},
+            },
+        )
+    except RuntimeError as error:  # Ray gives its own processes half a minute to start, whatever the machine has to do
+        raise ConfigError(
+            f"{directory}: Flower's simulation broke off ({error.__cause__ or error}); its log above says why; "
+            "run again: it goes on after its last whole round"
+        ) from error
     summary = run_dir.read_summary(directory)
     if summary is None:
         raise ConfigError(f"{directory}: Flower's simulation ended without a summary; its log above says why")
