@@ -26,8 +26,16 @@ from assay.progress import Silent, Tracker
 STATE = "assay"
 
 
+def guard(grid: Grid, settings: Settings) -> GuardedGrid:
+    """The grid that clients are reached through."""
+    return GuardedGrid(grid, timeout=settings.timeout, poll=settings.poll)
+
+
 def make_app(
-    settings_of: Callable[[Context], Settings], command: str = "", tracker: Tracker | None = None
+    settings_of: Callable[[Context], Settings],
+    command: str = "",
+    tracker: Tracker | None = None,
+    guard: Callable[[Grid, Settings], GuardedGrid] = guard,
 ) -> ServerApp:
     """The ServerApp; `settings_of` reads the run config."""
     made = ServerApp()
@@ -35,7 +43,7 @@ def make_app(
     @made.main()
     def main(grid: Grid, context: Context) -> None:
         settings = settings_of(context)
-        summary = serve(grid, settings, command=command, tracker=tracker)
+        summary = serve(guard(grid, settings), settings, command=command, tracker=tracker)
         ledger = [json.loads(line) for line in (settings.out / run_dir.LEDGER).read_text().splitlines()]
         done = {"round": summary["setting"]["rounds"], "sha256": ledger[-1]["body"]["model"], "path": str(settings.out)}
         context.state[STATE] = ConfigRecord(done)
@@ -43,14 +51,15 @@ def make_app(
     return made
 
 
-def serve(grid: Grid, settings: Settings, *, command: str = "", tracker: Tracker | None = None) -> dict[str, Any]:
+def serve(
+    grid: GuardedGrid, settings: Settings, *, command: str = "", tracker: Tracker | None = None
+) -> dict[str, Any]:
     """Run or resume the experiment over a grid; the summary. The report is written into the run directory."""
     experiment, tracker = settings.experiment, tracker or Silent()
-    guarded = GuardedGrid(grid, timeout=settings.timeout, poll=settings.poll)
     prepared = prepare(experiment, tracker)
     with Pool(str(prepared.path), prepared.dtype, experiment.lora, experiment.workers) as pool:
         summary = rounds.run(
-            experiment, settings.out, prepared, pool, recruiter(guarded, settings),
+            experiment, settings.out, prepared, pool, recruiter(grid, settings),
             engine="flower", given=settings.given, command=command or "flwr run", tracker=tracker,
         )  # fmt: skip
     report.write([settings.out], settings.out / run_dir.REPORT)

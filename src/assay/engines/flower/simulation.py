@@ -6,18 +6,35 @@ The two apps are those that a deployment runs. Same config and seeds, same resul
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
-from flwr.app import Context
+from flwr.app import Context, Message
+from flwr.serverapp import Grid
 from flwr.simulation import run_simulation
 
 from assay import run_dir
 from assay.config import ConfigError, Experiment
 from assay.engines.flower import federated_client, federated_server
 from assay.engines.flower.federated_settings import Settings
+from assay.engines.flower.guard import GuardedGrid
 from assay.progress import Tracker
+
+
+class Watched(GuardedGrid):
+    """Ends the server with the simulation: Flower stops its nodes alone, and the server would wait for them."""
+
+    def __init__(self, grid: Grid, settings: Settings, ended: Event) -> None:
+        super().__init__(grid, timeout=settings.timeout, poll=settings.poll)
+        self.ended = ended
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        if self.ended.is_set():
+            raise RuntimeError("the simulation has ended")
+        return super().pull_messages(message_ids)
 
 
 def run(
@@ -28,6 +45,8 @@ def run(
         experiment=experiment, out=directory.resolve(), given=given, simulation=True, poll=0.1, wait=120.0
     )
 
+    ended = Event()
+
     def known(context: Context) -> Settings:
         return settings
 
@@ -36,7 +55,7 @@ def run(
     gpu = torch.cuda.is_available()
     try:
         run_simulation(
-            server_app=federated_server.make_app(known, command, tracker),
+            server_app=federated_server.make_app(known, command, tracker, lambda grid, s: Watched(grid, s, ended)),
             client_app=federated_client.make_app(known),
             num_supernodes=experiment.clients.total,
             backend_config={
@@ -50,6 +69,8 @@ def run(
             f"{directory}: Flower's simulation broke off ({error.__cause__ or error}); its log above says why; "
             "run again: it goes on after its last whole round"
         ) from error
+    finally:
+        ended.set()
     summary = run_dir.read_summary(directory)
     if summary is None:
         raise ConfigError(f"{directory}: Flower's simulation ended without a summary; its log above says why")
