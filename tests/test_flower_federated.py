@@ -57,10 +57,13 @@ every = 2
 harmful_prompts = 2
 benign_prompts = 2
 benign_rows = 4
+new_tokens = 4
 """
 BASE = {"defence__level": "none"}
 REMEMBERS = {"attack__name": "remove_probe+sybil", "attack__params": {"remove_probe": {"probe": "surrogate"}}}
 """Looks at what colluders trained, and keeps labelled updates for the next round."""
+OMNISCIENT = {"attack__name": "alie", "attack__params": {"sees": "honest"}}
+"""Looks at what the honest clients trained, whose corrections it must then know."""
 WHO_0 = RecordDict({WHO: ConfigRecord({PARTITION: 0})})
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,11 +113,9 @@ def entries(out: Path) -> list[dict[str, Any]]:
     [
         {},
         {"defence__screens": ["structure", "step", "shadow"], "clients__sampled": 3},
-        {**BASE, "attack__name": "alie", "attack__params": {"sees": "honest"}},
-        {**BASE, **REMEMBERS},
-        {**BASE, "training__scaffold": True, "training__optimizer": "sgd", "training__lr": 0.5},
+        {**BASE, **OMNISCIENT, "training__scaffold": True, "training__optimizer": "sgd", "training__lr": 0.5},
     ],
-    ids=["submitted", "claims", "omniscient", "memory", "scaffold"],
+    ids=["submitted", "claims", "omniscient"],
 )
 def test_the_same_run_as_local(
     changes: dict[str, Any], tmp_path: Path, small: Experiment, prepared: Prepared, compute: Serial
@@ -138,10 +139,11 @@ class Dies(Exception):
 def test_a_server_that_died_goes_on_where_it_stopped(
     tmp_path: Path, small: Experiment, prepared: Prepared, compute: Serial
 ) -> None:
-    """Once in each round, when all replies are in and the attackers have written down what they remember."""
+    """Once in each round, when all replies are in and the attackers have written down what they remember; the end is that
+    of `local`."""
     experiment = small.changed(**BASE, **REMEMBERS)
-    whole, broken = (settings_for(experiment, tmp_path / name) for name in ("whole", "broken"))
-    on_flower(whole, simulated(whole), prepared, compute)
+    broken = settings_for(experiment, tmp_path / "broken")
+    local.run(experiment, tmp_path / "whole", prepared, compute)
 
     def die(reply: Message) -> Message:
         raise Dies
@@ -157,7 +159,7 @@ def test_a_server_that_died_goes_on_where_it_stopped(
         if round == 2:
             assert [row["round"] for row in run_dir.read_metrics(broken.out)] == [0, 1]
     on_flower(broken, simulated(broken), prepared, compute)
-    assert (broken.out / run_dir.LEDGER).read_bytes() == (whole.out / run_dir.LEDGER).read_bytes()
+    assert (broken.out / run_dir.LEDGER).read_bytes() == (tmp_path / "whole" / run_dir.LEDGER).read_bytes()
     assert [row["round"] for row in run_dir.read_metrics(broken.out)] == [0, 1, 2]
 
 
