@@ -72,13 +72,21 @@ def test_no_circular_imports() -> None:
         visit(module, ())
 
 
+FLOWER = ("assay.engines.flower", "assay.bench.flower_")
+
+
 def test_assay_works_without_flower() -> None:
+    """Only a command that is told to use Flower asks for it, when it is told."""
     for path in MODULES:
         if re.search(r"^\s*(import|from) flwr\b", path.read_text(), re.MULTILINE):
-            assert name_of(path).startswith(("assay.engines.flower", "assay.bench.flower_"))
+            assert name_of(path).startswith(FLOWER)
     for path in MODULES:
-        if not name_of(path).startswith(("assay.engines.flower", "assay.bench.flower_")):
-            assert not {m for m in imports(path) if m.startswith(("assay.engines.flower", "assay.bench.flower_"))}
+        if not name_of(path).startswith(FLOWER):
+            asked = {m for m in imports(path) if m.startswith(FLOWER)}
+            assert not asked or floor_of(name_of(path)) == "top"
+            assert not any(
+                re.search(rf"^(import|from) {re.escape(m)}\b", path.read_text(), re.MULTILINE) for m in FLOWER
+            )
 
 
 def test_attacks_never_import_screens() -> None:

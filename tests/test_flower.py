@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -20,13 +21,16 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 from flwr.serverapp.strategy import __all__ as stock_names
 
-from assay.bench.flower_grid import InProcessGrid
+from assay.bench.flower_grid import InProcessGrid, Node
 from assay.config import ConfigError
 from assay.contribution import flatten, tensors_sha256, unflatten
+from assay.data import Example
 from assay.engines.flower import GuardedGrid, Screened, acting, guard
 from assay.engines.flower import screened as screened_module
 from assay.engines.flower.acting import acting_of, drawn
 from assay.federated import aggregators
+from assay.federated.canary import CanaryLimits, Gate, Measure
+from assay.federated.local_sft import LocalSettings
 from assay.federated.screens import Duplicate, Norm, Structure
 from assay.ledger import verify
 from assay.run_dir import LEDGER
@@ -381,6 +385,78 @@ def test_a_bare_grid_is_guarded() -> None:
     strategy = wrapped(flower.FedAvg())
     strategy.start(InProcessGrid(clients() | {13: client(13, 1, forged)}), record(), num_rounds=1, timeout=5)
     assert refusals(strategy) == {"13": Reason.WRONG_PARTICIPANT}
+
+
+class Length:
+    """A model whose loss is the length of its adapter: `row_nll` is all that a canary asks of a `Compute`."""
+
+    def row_nll(self, adapters: Any, rows: Any, settings: Any, tick: Any = None) -> list[np.ndarray]:
+        return [np.full(len(rows), float(np.linalg.norm(flatten(adapter)))) for adapter in adapters]
+
+
+def gate() -> Gate:
+    """Lets the model move as honest clients move it, and no further."""
+    rows, local = [Example("Do harm", "No.")], LocalSettings(steps=1, batch_size=1, max_length=8, lr=1.0)
+    measure = Measure(Length(), rows, rows, local)  # type: ignore[arg-type]
+    return Gate(measure, CanaryLimits(refusal_step=5, refusal_anchor=5, safe_step=5, safe_anchor=5))
+
+
+class Unfit(flower.FedAvg):
+    """Holds what cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = Lock()
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedMedian", "DPServerFixed"])
+def test_a_round_whose_aggregate_fails_the_gate_never_was(name: str, tmp_path: Path) -> None:
+    """All clients leap in round 2 of 3: the end is that of the two other rounds, momentum and all.
+
+    Of the adaptive ones a leap makes a step like any other, and no gate has anything to refuse.
+    """
+
+    def leaping(node: int) -> Node:
+        honest = client(node, 1)
+
+        def reply(message: Message) -> Message:
+            made = honest(message)
+            assert isinstance(made, Message)
+            if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2:
+                moved = {n: a.numpy() + 100 * START[n] for n, a in made.content["arrays"].items()}
+                made.content["arrays"] = record(moved)
+            return made
+
+        return reply
+
+    made = STRATEGIES[name]()
+    if name == "DPServerFixed":  # clips the leap away: the wrapper's own model is what must not move
+        made.clipping_norm = 1e6  # type: ignore[attr-defined]
+    strategy = wrapped(made, gate=gate(), ledger=tmp_path)
+    found = screened(strategy, {node: leaping(node) for node in NODES}, rounds=3)
+    plain = STRATEGIES[name]()
+    if name == "DPServerFixed":
+        plain.clipping_norm = 1e6  # type: ignore[attr-defined]
+    assert_same(found.arrays, stock(plain, clients(examples=1), rounds=2).arrays)
+    bodies = [json.loads(line)["body"] for line in (tmp_path / LEDGER).read_text().splitlines()]
+    assert [body["outcome"] for body in bodies[1:]] == ["applied", "rolled_back", "applied"]
+    assert bodies[2]["model_after"] == bodies[2]["model_before"]
+    assert not bodies[2]["gate"]["passed"]
+    assert "refusals cost" in bodies[2]["why"]
+
+
+def test_what_a_strategy_remembers_stays_where_it_cannot_be_copied() -> None:
+    strategy = wrapped(Unfit(), gate=gate())
+    screened(strategy, {n: client(n, 1, far) for n in NODES})
+    assert strategy.outcome is not None
+    assert strategy.outcome.model_after == tensors_sha256(START)
+    assert strategy.outcome.why.endswith("what Unfit remembers of the round stays")
+
+
+def far(message: Message) -> Message:
+    if message.metadata.message_type == "train":
+        message.content["arrays"] = ArrayRecord({n: Array(50 * value) for n, value in START.items()})
+    return message
 
 
 def test_nobody_admitted_leaves_the_model_alone() -> None:

@@ -14,7 +14,18 @@ import typer
 from assay import __version__
 from assay.cli.bench import bench_app
 from assay.cli.calibrate import calibrate
-from assay.cli.common import DataRoot, Json, Set, experiment, print_table, run_all, runs_in, show, write_report
+from assay.cli.common import (
+    DataRoot,
+    Json,
+    Set,
+    experiment,
+    on_flower,
+    print_table,
+    run_all,
+    runs_in,
+    show,
+    write_report,
+)
 from assay.cli.excise import excise
 from assay.cli.files import ledger_app, model_app
 from assay.cli.probe import probe_app
@@ -52,6 +63,13 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(__version__)
         raise typer.Exit
+
+
+class Engine(StrEnum):
+    """What trains the clients of a federated experiment."""
+
+    LOCAL = "local"
+    FLOWER = "flower"
 
 
 class Wing(StrEnum):
@@ -105,12 +123,17 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
     data_root: DataRoot = None,
     settings: Set = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="local: worker processes. flower: Flower's simulation, a node for each client; same result."),
+    ] = Engine.LOCAL,
     as_json: Json = False,
 ) -> None:
     """Run one experiment; resumes where it stopped."""
     one = experiment(file, data_root, settings or [])
     directory = out or Path("runs") / one.name
-    summary = run_all([one], directory.parent, {one.name: directory}, given=file.read_text())
+    run_one = on_flower if engine is Engine.FLOWER else run_all
+    summary = run_one([one], directory.parent, {one.name: directory}, given=file.read_text())
     write_report([directory], directory / "report.html")
     show(summary[one.name], as_json)
     if not as_json:

@@ -108,6 +108,25 @@ def run_all(
     return {e.name: summaries[e.name] for e in experiments}
 
 
+def on_flower(
+    experiments: Sequence[AnyExperiment], out: Path, where: Mapping[str, Path] | None = None, given: str = ""
+) -> dict[str, dict[str, Any]]:
+    """`run_all` on Flower's simulation, for federated experiments."""
+    from assay.engines import local
+    from assay.engines.flower import simulation
+
+    summaries = {}
+    with bar() as tracker:
+        for e in experiments:
+            if not isinstance(e, Experiment):
+                raise ConfigError(f"{e.name}: --engine flower is for the federated wing; this is a {e.wing} experiment")
+            tracker.add(local.units(e))
+            command = shlex.join(["assay", *sys.argv[1:]])
+            folder = (where or {}).get(e.name, out / e.name)
+            summaries[e.name] = simulation.run(e, folder, given=given, command=command, tracker=tracker)
+    return summaries
+
+
 def runs_in(path: Path) -> list[Path]:
     """The directory itself if it is a run, else the runs in it."""
     if (path / "resolved.json").exists():

@@ -1,7 +1,9 @@
 """What a malicious client can see and do, put together for `attacks`: its rows, the trainings, the defence if handed.
 
 Nothing here is needed to run a federation; it is the simulation's other side. Honest clients pass through as well, so
-that an engine plays a round in two calls: `turns` says what everybody trains, `send` what everybody sends.
+that an engine plays a round in two calls: `turns` says what everybody trains, `send` what everybody sends. Where each
+client is a process of its own, it calls `turns` and `sending_of` for itself, with a `made` that trains a turn only when
+the attack looks at it.
 Legend: N updates, D values.
 """
 
@@ -9,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from assay import data
 from assay.config import Experiment
 from assay.contribution import Tensors, flatten, unflatten
+from assay.federated import client as honest
 from assay.federated import scaffold
-from assay.federated.attacks import Attack, Branch, Handed, Seat, Seen, Sending
+from assay.federated.attacks import Attack, Handed, Seat, Seen, Sending
 from assay.federated.attacks.seat import Bank, Check, Delta, Linear, where
 from assay.federated.canary import Canary, Rise
 from assay.federated.compute import TrainJob
@@ -86,32 +90,71 @@ def turns(
             seat = seat_of(table, client, places[client.name], len(chosen), round, start, own, handed, memory)
             branches = table.attack.branches(seat)
         else:
-            seat, branches = None, _honest_branches(table, client)
+            seat, branches = None, honest.branches(client.clean, duty_of(table))
         correct_D = scaffold.correction(controls, client.name)
         correct = None if correct_D is None else unflatten(correct_D, start)
-        jobs = {name: _job(branch, start, own, correct) for name, branch in branches.items()}
+        jobs = {name: honest.job(branch, start, own, correct) for name, branch in branches.items()}
         out.append(Turn(client=client, jobs=jobs, seat=seat))
     return out
 
 
+Made = Sequence[Mapping[str, LocalResult]]
+"""What each turn's trainings gave, by turn and branch; may be made when it is asked for."""
+
+
 def send(
-    table: Table, turns: Sequence[Turn], made: Sequence[Mapping[str, LocalResult]], start: Tensors, memory: Tensors
+    table: Table, turns: Sequence[Turn], made: Made, start: Tensors, memory: Tensors
 ) -> tuple[list[Sending], Tensors]:
     """What each client sends, given its trained branches, and what the attackers remember."""
-    base_D = flatten(start)
-    honest = [flatten(m["main"].tensors) - base_D for t, m in zip(turns, made) if t.seat is None]
-    seen_ND = np.stack(honest) if honest and table.attack.omniscient else np.zeros((0, base_D.size), np.float32)
-    colluders = tuple(m for t, m in zip(turns, made) if t.seat is not None)
-    out = []
-    for turn, mine in zip(turns, made):
-        if turn.seat is None:
-            out.append(_honest_sending(table, turn.client, mine))
-            continue
-        seen = Seen(mine=mine, colluders=colluders, honest_ND=seen_ND)
-        out.append(_within_the_rules(table, table.attack.send(turn.seat, seen), start))
-        if turn.seat.place == 0:
-            memory = table.attack.remember(turn.seat, seen)
+    seen_ND = honest_deltas(table, turns, made, start)
+    out = [sending_of(table, turns, made, start, at, seen_ND) for at in range(len(turns))]
+    for at, turn in enumerate(turns):
+        if turn.seat is not None and turn.seat.place == 0:
+            memory = remembered(table, turns, made, at, seen_ND)
     return out, memory
+
+
+def sending_of(
+    table: Table, turns: Sequence[Turn], made: Made, start: Tensors, at: int, seen_ND: Delta
+) -> Sending:  # fmt: skip
+    """What the client of turn `at` sends; `seen_ND` as of `honest_deltas`."""
+    turn = turns[at]
+    if turn.seat is None:
+        return honest.sending(made[at], len(turn.client.clean), duty_of(table))
+    sending = table.attack.send(turn.seat, _seen(turns, made, at, seen_ND))
+    return _within_the_rules(table, sending, start)
+
+
+def remembered(table: Table, turns: Sequence[Turn], made: Made, at: int, seen_ND: Delta) -> Tensors:
+    """The attackers' memory after the round, which their leader (place 0, turn `at`) keeps for all of them."""
+    seat = turns[at].seat
+    assert seat is not None
+    return table.attack.remember(seat, _seen(turns, made, at, seen_ND))
+
+
+def honest_deltas(table: Table, turns: Sequence[Turn], made: Made, start: Tensors) -> Delta:
+    """delta_ND of the honest updates where the attack is omniscient, else no rows."""
+    base_D = flatten(start)
+    honest_at = [at for at, turn in enumerate(turns) if turn.seat is None] if table.attack.omniscient else []
+    rows = [flatten(made[at]["main"].tensors) - base_D for at in honest_at]
+    return np.stack(rows) if rows else np.zeros((0, base_D.size), np.float32)
+
+
+def _seen(turns: Sequence[Turn], made: Made, at: int, seen_ND: Delta) -> Seen:
+    return Seen(mine=made[at], colluders=_Colluders(turns, made), honest_ND=seen_ND)
+
+
+class _Colluders(Sequence[Mapping[str, LocalResult]]):
+    """Branches of the malicious turns, by place; asked for one by one."""
+
+    def __init__(self, turns: Sequence[Turn], made: Made) -> None:
+        self.at, self.made = [at for at, turn in enumerate(turns) if turn.seat is not None], made
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, place: Any) -> Any:
+        return [self.made[at] for at in self.at[place]] if isinstance(place, slice) else self.made[self.at[place]]
 
 
 def _within_the_rules(table: Table, sending: Sending, start: Tensors) -> Sending:
@@ -138,7 +181,7 @@ def seat_of(
         start=start,
         initial=table.initial,
         settings=settings,
-        shadow_lr=_shadow_lr(table),
+        shadow_lr=duty_of(table).shadow_lr,
         examples=len(client.harmful),  # as many as an honest client of its size has
         wants_steps=table.defence.wants_steps,
         wants_shadow=table.defence.wants_shadow,
@@ -148,33 +191,15 @@ def seat_of(
     )
 
 
-def _shadow_lr(table: Table) -> float:
+def duty_of(table: Table) -> honest.Duty:
+    """What the server asks of everybody."""
     training = table.experiment.training
-    return training.shadow_lr or training.lr
-
-
-def _honest_branches(table: Table, client: Client) -> dict[str, Branch]:
-    out = {"main": Branch(rows=client.clean, keep_steps=table.defence.wants_steps)}
-    if table.defence.wants_shadow:
-        out["shadow"] = Branch(rows=client.clean, start=table.initial, lr=_shadow_lr(table), keep_steps=True)
-    return out
-
-
-def _honest_sending(table: Table, client: Client, made: Mapping[str, LocalResult]) -> Sending:
-    return Sending(
-        tensors=made["main"].tensors,
-        steps=made["main"].steps if table.defence.wants_steps else (),
-        shadow=made["shadow"].steps if table.defence.wants_shadow else (),
-        num_examples=len(client.clean),
+    return honest.Duty(
+        wants_steps=table.defence.wants_steps,
+        wants_shadow=table.defence.wants_shadow,
+        shadow_lr=training.shadow_lr or training.lr,
+        initial=table.initial,
     )
-
-
-def _job(branch: Branch, start: Tensors, settings: LocalSettings, correction: Tensors | None) -> TrainJob:
-    lr = settings.lr if branch.lr is None else branch.lr
-    own = replace(settings, lr=lr, keep_steps=branch.keep_steps)
-    if branch.start is not None:  # no correction: it belongs to the adapter of this round
-        return TrainJob(branch.start, branch.rows, own, None, branch.objective)
-    return TrainJob(start, branch.rows, own, correction, branch.objective)
 
 
 # --- the defence as an insider would give it away ------------------------------------------------------------------

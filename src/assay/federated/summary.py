@@ -30,6 +30,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Everything the report and a bench need; `metrics` is flat, with the names of DESIGN.md.
 
+    `malicious` is the simulation's truth; of who is not in it nothing is known, as of anybody outside a simulation.
     `kinds` says what sort of rows each honest client has, where they are not all iid.
     """
     kinds = kinds or {}
@@ -59,7 +60,7 @@ def summarise(
             "alignment": prepared.alignment,
         },
         "setting": _setting(experiment),
-        "participants": {name: "malicious" if bad else "honest" for name, bad in malicious.items()},
+        "participants": _roles(rows, malicious),
         **({"kinds": dict(kinds)} if kinds else {}),
         "seconds": seconds,
         "metrics": {
@@ -75,9 +76,16 @@ def summarise(
     }
 
 
+def _roles(rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) -> dict[str, str]:
+    """Who is what, and everybody seen of whom that is not known."""
+    seen = sorted({name for row in rows for name in row["weights"]} - set(malicious))
+    known = {name: "malicious" if bad else "honest" for name, bad in malicious.items()}
+    return known | dict.fromkeys(seen, "unknown")
+
+
 def weight_metrics(rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) -> dict[str, float | None]:
     """Detection by the final weight of every client in every round, and mean weights of both kinds."""
-    pairs = [(weight, malicious[name]) for row in rows for name, weight in row["weights"].items()]
+    pairs = [(w, malicious[name]) for row in rows for name, w in row["weights"].items() if name in malicious]
     suspicion, truth = [1 - w for w, _ in pairs], [bad for _, bad in pairs]
     honest = [w for w, bad in pairs if not bad]
     dishonest = [w for w, bad in pairs if bad]
@@ -105,7 +113,7 @@ def detection(rounds: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]
     scores: dict[str, list[tuple[float, bool]]] = {}
     for body in rounds:
         for verdict in body["verdicts"]:
-            if verdict["score"] is not None:
+            if verdict["score"] is not None and verdict["participant"] in malicious:
                 scores.setdefault(verdict["screen"], []).append((verdict["score"], malicious[verdict["participant"]]))
     out = {}
     for screen, pairs in scores.items():
@@ -125,8 +133,10 @@ def reasons(rounds: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) 
             row = found.setdefault(
                 key, {"screen": key[0], "reason": key[1], "honest": 0, "malicious": 0, "sentence": entry["sentence"]}
             )
-            row["malicious" if malicious[entry["participant"]] else "honest"] += 1
-    return sorted(found.values(), key=lambda r: -(r["honest"] + r["malicious"]))
+            bad = malicious.get(entry["participant"])
+            role = "unknown" if bad is None else "malicious" if bad else "honest"
+            row[role] = row.get(role, 0) + 1
+    return sorted(found.values(), key=lambda r: -(r["honest"] + r["malicious"] + r.get("unknown", 0)))
 
 
 def _honest_minimum(rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, bool]) -> float | None:
@@ -134,7 +144,7 @@ def _honest_minimum(rows: Sequence[Mapping[str, Any]], malicious: Mapping[str, b
     by_client: dict[str, list[float]] = {}
     for row in rows:
         for name, weight in row["weights"].items():
-            if not malicious[name]:
+            if malicious.get(name) is False:
                 by_client.setdefault(name, []).append(weight)
     return min((float(np.mean(w)) for w in by_client.values()), default=None)
 

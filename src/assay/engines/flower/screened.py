@@ -5,6 +5,7 @@ Legend: N participants, D flattened adapter.
 
 from __future__ import annotations
 
+import copy
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ from assay.engines.flower.replies import (
     shared_metrics,
 )
 from assay.federated.aggregators import ToleranceError
+from assay.federated.canary import Gate, GateResult
 from assay.federated.round import Outcome
 from assay.ledger import Ledger
 from assay.verdict import Screen, State, screen_round
@@ -54,6 +56,8 @@ class Screened(Strategy):
     replies without one are refused. `ledger`: a directory for the hash-chained record of the run.
     `arrays_name`, `metrics_name`: what the strategy calls the records of a reply; by default what was sent, "metrics".
     `seed`: of the draw (acting.py); drawn itself if not given, and to be kept from clients.
+    `gate`: the canary on what the strategy made (federated.canary.Gate). Where it does not pass, the round is rolled back:
+    the model stays as it was, and so does what the strategy remembers, as far as that can be copied.
 
     What the strategy sees of a reply: the arrays as read (in the order and dtypes that were sent), the count, and the
     metrics that all replies share. A round in which nobody is admitted, or in which the strategy fails on screened
@@ -83,6 +87,7 @@ class Screened(Strategy):
         metrics_name: str = "metrics",
         batch_size: int = 1,
         seed: int | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.strategy = strategy
         self.screens, self.monitor = tuple(screens), frozenset(monitor)
@@ -96,6 +101,7 @@ class Screened(Strategy):
         self.states: dict[str, State] = dict(states or {})
         self.arrays_name, self.metrics_name, self.batch_size = arrays_name, metrics_name, batch_size
         self.seed = secrets.randbits(64) if seed is None else seed
+        self.gate = gate
         self.outcome: Outcome | None = None
         self.refused_evaluations: tuple[Refusal, ...] = ()
         self._initial: Tensors | None = None
@@ -128,6 +134,7 @@ class Screened(Strategy):
         log.info("\t├──> Assay:")
         log.info("\t│\t├── Screens: %s", screens or "none: replies are only read")
         log.info("\t│\t├── %s: %s", type(self.strategy).__name__, describe(self.acting))
+        log.info("\t│\t├── Gate on the aggregate: %s", "none" if self.gate is None else "yes")
         log.info("\t│\t└── Claimed examples count up to: %g", self.max_examples)
         self.strategy.summary()
 
@@ -178,21 +185,44 @@ class Screened(Strategy):
         screened = screen_round(round, self.screens if round.updates else (), self.states, monitor=self.monitor)
         self.states = dict(screened.states)
         weight = {reply.node: screened.weight[participant_of(reply.node)] for reply in read}
+        memory = self._memory()
         after, metrics, why = self._aggregate(server_round, read, weight, asked)
+        result, gate = "skipped" if after is None else "applied", None
+        if self.gate is not None and after is not None:
+            gate = self.gate.check(after, start, round.initial)
+            if not gate.passed:
+                after, result, why = None, "rolled_back", self._roll_back(gate, memory)
         self.outcome = Outcome(
             round=server_round,
-            result="skipped" if after is None else "applied",
+            result=result,  # type: ignore[arg-type]
             why=why,
             screened=screened,
             model_before=tensors_sha256(start),
             model_after=tensors_sha256(start if after is None else after),
-            gate=None,
+            gate=gate,
             num_examples={u.participant: u.num_examples for u in round.updates},
             seconds={},
         )
         self._record("round", self.outcome.ledger_body())
         _say(self.outcome)
         return (None if after is None else encode_arrays(after, form)), metrics
+
+    def _memory(self) -> dict[str, Any] | None:
+        """What the strategy remembers, where a gate may have to take a round back; None where it cannot be copied."""
+        if self.gate is None:
+            return None
+        try:
+            return copy.deepcopy(vars(self.strategy))
+        except Exception as error:  # noqa: BLE001 - a foreign strategy may hold anything; said in the ledger below
+            log.warning("Assay: what %s remembers cannot be copied: %s", type(self.strategy).__name__, error)
+            return None
+
+    def _roll_back(self, gate: GateResult, memory: dict[str, Any] | None) -> str:
+        if memory is None:
+            return f"{gate.sentence}; what {type(self.strategy).__name__} remembers of the round stays"
+        vars(self.strategy).clear()
+        vars(self.strategy).update(memory)
+        return gate.sentence
 
     def _aggregate(
         self, round: int, read: Sequence[Reply], weight: Mapping[int, float], asked: Asked
@@ -294,6 +324,7 @@ class Screened(Strategy):
             "screens": [screen.name for screen in self.screens],
             "monitor": sorted(self.monitor),
             "max_examples": self.max_examples,
+            "gate": self.gate is not None,
         }
 
     def _record(self, kind: str, body: Mapping[str, Any]) -> None:
