@@ -72,13 +72,17 @@ def test_no_circular_imports() -> None:
         visit(module, ())
 
 
-def test_assay_works_without_flower() -> None:
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [("flwr", ("assay.engines.flower", "assay.bench.flower_")), ("trl", ("assay.engines.trl",))],
+)
+def test_assay_works_without(library: str, homes: tuple[str, ...]) -> None:
     for path in MODULES:
-        if re.search(r"^\s*(import|from) flwr\b", path.read_text(), re.MULTILINE):
-            assert name_of(path).startswith(("assay.engines.flower", "assay.bench.flower_"))
-    for path in MODULES:
-        if not name_of(path).startswith(("assay.engines.flower", "assay.bench.flower_")):
-            assert not {m for m in imports(path) if m.startswith(("assay.engines.flower", "assay.bench.flower_"))}
+        at_home = name_of(path).startswith(homes)
+        if re.search(rf"^\s*(import|from) {library}\b", path.read_text(), re.MULTILINE):
+            assert at_home, name_of(path)
+        if not at_home:
+            assert not {m for m in imports(path) if m.startswith(homes)}, name_of(path)
 
 
 def test_attacks_never_import_screens() -> None:
