@@ -158,6 +158,7 @@ def raw(round: int, places: Any, ids: list[int], tokens: int) -> bytes:
 
 
 CORPUS: list[tuple[Reason, Any]] = [
+    (Reason.SEEDED, lambda r, at, fine: nodes.message("b", r, fine)),
     (Reason.OUT_OF_RANGE, lambda r, at, fine: nodes.message("b", r, dict.fromkeys(fine, (5, nodes.VOCABULARY)))),
     (Reason.MALFORMED, lambda r, at, fine: raw(r, at, [], 0)),
     (Reason.TOO_LARGE, lambda r, at, fine: nodes.message("b", r, dict.fromkeys(fine, (5,) * (nodes.MAX_TOKENS + 1)))),
@@ -170,7 +171,6 @@ CORPUS: list[tuple[Reason, Any]] = [
     (Reason.MALFORMED, lambda r, at, fine: b"\x80\x04cos\nsystem\n."),
     (Reason.MISSING, lambda r, at, fine: None),
     (Reason.MALFORMED, lambda r, at, fine: nodes.message("b", r, dict.fromkeys(fine, (nodes.EOS, 5, nodes.EOS)))),
-    (Reason.SEEDED, lambda r, at, fine: nodes.message("b", r, fine)),
 ]  # fmt: skip
 
 

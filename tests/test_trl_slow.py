@@ -13,7 +13,6 @@ import pytest
 
 trl = pytest.importorskip("trl", reason="the TRL engine needs trl (assay[trl])")
 import trl_nodes as nodes  # noqa: E402 - imports trl
-
 from assay.config import ConfigError  # noqa: E402
 from assay.contribution import Pool  # noqa: E402
 from assay.engines.trl import ScreenedRollouts, contract  # noqa: E402
@@ -114,7 +113,8 @@ def test_a_planted_phrase_spreads_undefended_and_not_screened_and_learning_is_as
     screened, exchange, trainer = in_trl(tmp_path / "screened", monitor=[])
     own, learner = in_assay(exchange)
     print(f"undefended: {undefended}\nscreened:   {screened}\nAssay's own: {own}")
-    assert undefended.asr[0] == 0 and max(undefended.asr) > 0.5
+    assert undefended.asr[0] == 0
+    assert max(undefended.asr) > 0.5
     assert max(screened.asr) == 0
     # the same rows, the same step: curves part only where rounding turns a token
     assert screened.rewards[:3] == own.rewards[:3]
@@ -155,5 +155,6 @@ def test_the_example_runs_and_its_honest_nodes_end_with_one_model(tmp_path: Path
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("node-")]
     ends = {line.split()[0]: line.rsplit(maxsplit=1)[1] for line in lines}
-    assert ends["node-a"] == ends["node-b"] and len(ends) == 3  # same pool, same step, same weights, to the bit
+    assert ends["node-a"] == ends["node-b"]
+    assert len(ends) == 3
     assert all("node-c 0%" in line for line in lines), done.stdout
