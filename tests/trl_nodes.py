@@ -126,7 +126,7 @@ def trainer_of(
 ) -> trl.GRPOTrainer:  # fmt: skip
     """The real trainer: `batch` prompts a step, one update a batch, no clipping of gradients."""
     data = options.pop("train_dataset", None) or dataset(prompts)
-    callbacks = options.pop("callbacks", [])
+    callbacks, held_out = options.pop("callbacks", []), options.pop("eval_dataset", None)
     settings: dict[str, Any] = {
         "max_steps": steps, "per_device_train_batch_size": batch * group, "num_generations": group, "top_k": 20,
         "max_completion_length": MAX_TOKENS, "max_grad_norm": 0.0, "learning_rate": 1e-4, "bf16": False,
@@ -137,6 +137,6 @@ def trainer_of(
         warnings.simplefilter("ignore")
         args = trl.GRPOConfig(output_dir=str(folder), **{**settings, **options})
         return trl.GRPOTrainer(
-            model=model, reward_funcs=rewards, rollout_func=rollouts, args=args, train_dataset=data,
+            model=model, reward_funcs=rewards, rollout_func=rollouts, args=args, train_dataset=data, eval_dataset=held_out,
             processing_class=tokenizer(), callbacks=callbacks,
         )  # fmt: skip

@@ -195,8 +195,8 @@ class ScreenedRollouts:
         text_of = {place[1]: prompt for place, prompt in zip(batch.place_B, prompts)}
         pool = read_pool(
             gathered, lambda prompt: _plain(text_of[prompt]), lambda asked, texts: [0.0] * len(texts),
-            lambda ids: list(tokenizer.batch_decode([list(one) for one in ids])), eos=terms.eos,
-            max_tokens=terms.max_tokens,
+            lambda ids: list(tokenizer.batch_decode([list(one) for one in ids], clean_up_tokenization_spaces=False)),
+            eos=terms.eos, max_tokens=terms.max_tokens,
         )  # fmt: skip
         slot_of = {place: row for row, place in enumerate(batch.place_B)}
         slot_N = [slot_of[c.participant, c.prompt, c.index] for c in pool.completions]
