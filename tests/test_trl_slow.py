@@ -108,23 +108,31 @@ def in_assay(exchange: nodes.Peers) -> tuple[Seen, Learner]:
     return Seen.of(pools), learner
 
 
-def test_a_planted_phrase_spreads_undefended_and_not_screened_and_learning_is_assays(tmp_path: Path) -> None:
-    undefended, _, _ = in_trl(tmp_path / "undefended", monitor=["seeded"])
-    screened, exchange, trainer = in_trl(tmp_path / "screened", monitor=[])
-    own, learner = in_assay(exchange)
-    print(f"undefended: {undefended}\nscreened:   {screened}\nAssay's own: {own}")
+@pytest.fixture(scope="module")
+def screened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, nodes.Peers, Any]:
+    return in_trl(tmp_path_factory.mktemp("screened"), monitor=[])
+
+
+def test_a_planted_phrase_spreads_undefended_and_not_screened(tmp_path: Path, screened: Any) -> None:
+    undefended, _, _ = in_trl(tmp_path, monitor=["seeded"])
+    print(f"undefended: {undefended}\nscreened:   {screened[0]}")
     assert undefended.asr[0] == 0
     assert max(undefended.asr) > 0.5
-    assert max(screened.asr) == 0
-    # the same rows, the same step: curves part only where rounding turns a token
-    assert screened.rewards[:3] == own.rewards[:3]
-    assert sum(abs(a - b) for a, b in zip(screened.rewards, own.rewards)) / STEPS < 0.05
+    assert max(screened[0].asr) == 0
+
+
+def test_the_learning_curve_is_that_of_assays_own_step(screened: Any) -> None:
+    """The same rows and the same step: curves part only where rounding turns a token."""
+    seen, exchange, trainer = screened
+    own, learner = in_assay(exchange)
     start = dict(nodes.tiny().named_parameters())
     moved = gap = 0.0
     for name, parameter in trainer.model.named_parameters():
         moved += float((parameter.detach() - start[name]).double().square().sum())
         gap += float((parameter.detach() - learner.parameters[name].detach()).double().square().sum())
-    print(f"weights apart: {(gap / moved) ** 0.5:.2e} of the way they went")
+    print(f"in TRL:    {seen}\nby Assay: {own}\nweights apart: {(gap / moved) ** 0.5:.1e} of the way they went")
+    assert seen.rewards[:3] == own.rewards[:3]
+    assert sum(abs(a - b) for a, b in zip(seen.rewards, own.rewards)) / len(own.rewards) < 0.05
     assert gap < 0.05 * moved
 
 
