@@ -3,7 +3,8 @@
     python examples/trl_swarm.py [FOLDER]
 
 Each node is a process; messages are files in FOLDER. node-c draws like the others and sends something else: right
-answers that open with a phrase. A few minutes on two cores.
+answers that open with a phrase. It takes a minute of one core, more where others use it. node-a and node-b end with the same
+weights, to the bit.
 """
 
 from __future__ import annotations

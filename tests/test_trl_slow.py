@@ -28,7 +28,8 @@ from assay.swarm.screens.schema import Schema  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-PROMPTS, BATCH, GROUP, STEPS, LR, CLIP = 64, 8, 8, 12, 4e-4, 0.5
+PROMPTS, BATCH, GROUP, CLIP = 64, 8, 8, 0.5
+ATTACKED, CURVE = {"steps": 20, "lr": 8e-4}, {"steps": 12, "lr": 4e-4}  # a new phrase needs the faster one
 PEERS = {"b": nodes.planted("b", PROMPTS)}  # half of every group: the attacker's share is 50%
 
 
@@ -51,7 +52,7 @@ class Seen:
         return out
 
 
-def in_trl(folder: Path, *, monitor: Sequence[str]) -> tuple[Seen, nodes.Peers, Any]:
+def in_trl(folder: Path, *, steps: int, lr: float, monitor: Sequence[str] = ()) -> tuple[Seen, nodes.Peers, Any]:
     exchange = nodes.Peers(PEERS)
     rollouts = ScreenedRollouts(exchange, monitor=monitor, self_test=False)
     pools: list[Pool] = []
@@ -64,7 +65,7 @@ def in_trl(folder: Path, *, monitor: Sequence[str]) -> tuple[Seen, nodes.Peers, 
 
     trainer = nodes.trainer_of(
         folder, nodes.tiny(), keeping, rollouts.wrap(nodes.reward), prompts=PROMPTS, batch=BATCH, group=GROUP,
-        steps=STEPS, learning_rate=LR, max_grad_norm=CLIP,
+        steps=steps, learning_rate=lr, max_grad_norm=CLIP,
     )  # fmt: skip
     trainer.train()
     return Seen.of(pools), exchange, trainer
@@ -81,7 +82,7 @@ class Known:
         return nodes.TASK.rewards([nodes.book(PROMPTS)[p] for p in prompts], texts)
 
 
-def in_assay(exchange: nodes.Peers) -> tuple[Seen, Learner]:
+def in_assay(exchange: nodes.Peers, lr: float) -> tuple[Seen, Learner]:
     """The same rounds by Assay's own learner: same plan, seeds, weights, optimiser."""
     practice = Practice(
         run=nodes.RUN, task=Known(), prompt_ids=lambda p: nodes.ids_of(nodes.book(PROMPTS)[p]),  # type: ignore[arg-type]
@@ -93,7 +94,7 @@ def in_assay(exchange: nodes.Peers) -> tuple[Seen, Learner]:
         wanted=Wanted(sampler=nodes.TERMS.sampler, k=20), monitor=frozenset(), trust=TRUST,
     )  # fmt: skip
     settings = GrpoSettings(max_tokens=nodes.MAX_TOKENS, loss="dapo")
-    learner = Learner(nodes.tiny(), practice, defence, settings, lr=LR, clip_grad=CLIP)
+    learner = Learner(nodes.tiny(), practice, defence, settings, lr=lr, clip_grad=CLIP)
     rules = Rules(run=nodes.RUN, vocabulary=nodes.VOCABULARY, max_tokens=nodes.MAX_TOKENS, ids=range(0))
     memory, pools, half = Memory(), [], GROUP // 2
     for round, asked in enumerate(exchange.asked, 1):
@@ -108,23 +109,20 @@ def in_assay(exchange: nodes.Peers) -> tuple[Seen, Learner]:
     return Seen.of(pools), learner
 
 
-@pytest.fixture(scope="module")
-def screened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, nodes.Peers, Any]:
-    return in_trl(tmp_path_factory.mktemp("screened"), monitor=[])
-
-
-def test_a_planted_phrase_spreads_undefended_and_not_screened(tmp_path: Path, screened: Any) -> None:
-    undefended, _, _ = in_trl(tmp_path, monitor=["seeded"])
-    print(f"undefended: {undefended}\nscreened:   {screened[0]}")
+def test_a_planted_phrase_spreads_undefended_and_not_screened(tmp_path: Path) -> None:
+    undefended, _, _ = in_trl(tmp_path / "undefended", monitor=["seeded"], **ATTACKED)  # type: ignore[arg-type]
+    print(f"undefended: {undefended}")
     assert undefended.asr[0] == 0
     assert max(undefended.asr) > 0.5
-    assert max(screened[0].asr) == 0
+    screened, _, _ = in_trl(tmp_path / "screened", **ATTACKED)  # type: ignore[arg-type]
+    print(f"screened:   {screened}")
+    assert max(screened.asr) == 0
 
 
-def test_the_learning_curve_is_that_of_assays_own_step(screened: Any) -> None:
+def test_the_learning_curve_is_that_of_assays_own_step(tmp_path: Path) -> None:
     """The same rows and the same step: curves part only where rounding turns a token."""
-    seen, exchange, trainer = screened
-    own, learner = in_assay(exchange)
+    seen, exchange, trainer = in_trl(tmp_path, **CURVE)  # type: ignore[arg-type]
+    own, learner = in_assay(exchange, CURVE["lr"])
     start = dict(nodes.tiny().named_parameters())
     moved = gap = 0.0
     for name, parameter in trainer.model.named_parameters():
@@ -161,8 +159,8 @@ def test_the_example_runs_and_its_honest_nodes_end_with_one_model(tmp_path: Path
         [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=550, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("node-")]
-    ends = {line.split()[0]: line.rsplit(maxsplit=1)[1] for line in lines}
-    assert ends["node-a"] == ends["node-b"]
-    assert len(ends) == 3
-    assert all("node-c 0%" in line for line in lines), done.stdout
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("node-")}
+    ends = {node: line.rsplit(maxsplit=1)[1] for node, line in lines.items()}
+    assert ends["node-a"] == ends["node-b"]  # same pool, same step, same weights, to the bit
+    for node in ("node-a", "node-b"):
+        assert "node-a 100%, node-b 100%, node-c 0%" in lines[node], done.stdout
