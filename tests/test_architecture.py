@@ -72,20 +72,21 @@ def test_no_circular_imports() -> None:
         visit(module, ())
 
 
-FLOWER = ("assay.engines.flower", "assay.bench.flower_")
-
-
-def test_assay_works_without_flower() -> None:
-    """Only a command that is told to use Flower asks for it, when it is told."""
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [("flwr", ("assay.engines.flower", "assay.bench.flower_")), ("trl", ("assay.engines.trl",))],
+)
+def test_assay_works_without(library: str, homes: tuple[str, ...]) -> None:
+    """Only a command that is told to use a library asks for it, when it is told."""
     for path in MODULES:
-        if re.search(r"^\s*(import|from) flwr\b", path.read_text(), re.MULTILINE):
-            assert name_of(path).startswith(FLOWER)
-    for path in MODULES:
-        if not name_of(path).startswith(FLOWER):
-            asked = {m for m in imports(path) if m.startswith(FLOWER)}
-            assert not asked or floor_of(name_of(path)) == "top"
+        at_home = name_of(path).startswith(homes)
+        if re.search(rf"^\s*(import|from) {library}\b", path.read_text(), re.MULTILINE):
+            assert at_home, name_of(path)
+        if not at_home:
+            asked = {m for m in imports(path) if m.startswith(homes)}
+            assert not asked or floor_of(name_of(path)) == "top", name_of(path)
             assert not any(
-                re.search(rf"^(import|from) {re.escape(m)}\b", path.read_text(), re.MULTILINE) for m in FLOWER
+                re.search(rf"^(import|from) {re.escape(m)}\b", path.read_text(), re.MULTILINE) for m in homes
             )
 
 

@@ -52,24 +52,38 @@ class Practice:
 
     def pool(self, gathered: Gathered) -> Pool:
         """The receiver's own reading of a round's messages: texts, rewards, and where completions end."""
-        completions = gathered.completions
-        prompts = [c.prompt for c in completions]
-        # special tokens end or begin turns; they are no part of what was said
-        texts = self.decode([c.ids[: c.ids.index(self.eos)] if self.eos in c.ids else c.ids for c in completions])
-        question: dict[int, str] = {p: self.task.question(p) for p in set(prompts)}
-        return Pool(
-            index=gathered.plan.round,
-            completions=completions,
-            questions=tuple(question[p] for p in prompts),
-            texts=tuple(texts),
-            rewards=tuple(self.task.rewards(prompts, texts)) if completions else (),
-            ended=tuple(bool(c.ids) and c.ids.index(self.eos) == len(c.ids) - 1 if self.eos in c.ids else False
-                        for c in completions),
-            readable=tuple("\ufffd" not in text for text in texts),
-            asked=gathered.plan.asked,
-            max_tokens=self.max_tokens,
-            refused=gathered.refused,
-        )  # fmt: skip
+        return read_pool(
+            gathered, self.task.question, self.task.rewards, self.decode, eos=self.eos, max_tokens=self.max_tokens
+        )
+
+
+def read_pool(
+    gathered: Gathered,
+    question: Callable[[int], str],
+    rewards: Callable[[Sequence[int], Sequence[str]], Sequence[float]],
+    decode: Texts,
+    *,
+    eos: int,
+    max_tokens: int,
+) -> Pool:
+    """A receiver's reading of a round's messages. `rewards(prompts, texts)` are its own."""
+    completions = gathered.completions
+    prompts = [c.prompt for c in completions]
+    # special tokens end or begin turns; they are no part of what was said
+    texts = decode([c.ids[: c.ids.index(eos)] if eos in c.ids else c.ids for c in completions])
+    asked: dict[int, str] = {p: question(p) for p in set(prompts)}
+    return Pool(
+        index=gathered.plan.round,
+        completions=completions,
+        questions=tuple(asked[p] for p in prompts),
+        texts=tuple(texts),
+        rewards=tuple(rewards(prompts, texts)) if completions else (),
+        ended=tuple(bool(c.ids) and c.ids.index(eos) == len(c.ids) - 1 if eos in c.ids else False for c in completions),
+        readable=tuple("\ufffd" not in text for text in texts),
+        asked=gathered.plan.asked,
+        max_tokens=max_tokens,
+        refused=gathered.refused,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,23 +273,7 @@ class Learner:
         evidence: TokenEvidence | None = None,
     ) -> None:
         """Let screens that see only these rows of the pool judge them."""
-        pool = learnt.pool
-        part = replace(
-            pool,
-            completions=tuple(pool.completions[r] for r in rows),
-            questions=tuple(pool.questions[r] for r in rows),
-            texts=tuple(pool.texts[r] for r in rows),
-            rewards=tuple(pool.rewards[r] for r in rows),
-            ended=tuple(pool.ended[r] for r in rows),
-            readable=tuple(pool.readable[r] for r in rows),
-            evidence=evidence,
-        )
-        states = learnt.judged.states  # handed on from chunk to chunk and from round to round
-        seen = screening.judge_pool(part, screens, states, monitor)
-        states |= seen.states
-        count = len(rows)
-        for at, verdict in enumerate(seen.verdicts):  # screen by screen, each in the order of the rows
-            screening.apply(learnt.judged, rows[at % count], verdict)
+        screening.judge_rows(learnt.judged, learnt.pool, rows, screens, monitor, evidence)
 
     def _backward(self, learnt: Learnt, rows: Sequence[int], chunk: _Chunk, old: dict[int, Tensor]) -> LossSums:
         judged, pool = learnt.judged, learnt.pool

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from assay.contribution import Completion, Pool
+from assay.contribution import Completion, Pool, TokenEvidence
 from assay.trust import Strikes
 from assay.verdict import AnyScreen, Mode, Reason, State, Verdict, run_screen
 
@@ -61,6 +61,31 @@ def judge_pool(
         for row, verdict in enumerate(found):
             apply(judged, row, replace(verdict, mode=mode))
     return judged
+
+
+def judge_rows(
+    judged: Judged,
+    pool: Pool,
+    rows: Sequence[int],
+    screens: Sequence[AnyScreen[Pool]],
+    monitor: frozenset[str] = frozenset(),
+    evidence: TokenEvidence | None = None,
+) -> None:
+    """Let screens that see only these rows of the pool judge them; their memory is handed on in `judged.states`."""
+    part = replace(
+        pool,
+        completions=tuple(pool.completions[r] for r in rows),
+        questions=tuple(pool.questions[r] for r in rows),
+        texts=tuple(pool.texts[r] for r in rows),
+        rewards=tuple(pool.rewards[r] for r in rows),
+        ended=tuple(pool.ended[r] for r in rows),
+        readable=tuple(pool.readable[r] for r in rows),
+        evidence=evidence,
+    )
+    seen = judge_pool(part, screens, judged.states, monitor)
+    judged.states |= seen.states
+    for at, verdict in enumerate(seen.verdicts):  # screen by screen, each in the order of the rows
+        apply(judged, rows[at % len(rows)], verdict)
 
 
 def apply(judged: Judged, row: int, verdict: Verdict) -> None:

@@ -15,6 +15,7 @@ from assay.swarm import evaluate
 from assay.swarm.attacks import Settings
 from assay.swarm.exchange import Gathered
 from assay.swarm.learner import Learnt, Memory
+from assay.swarm.screening import Judged
 
 RATES = ("honest_rejected_rate", "honest_right_rejected_rate", "honest_wrong_rejected_rate", "poison_rejected_rate")
 
@@ -92,13 +93,20 @@ def ledger_body(
 ) -> dict[str, Any]:
     """Who sent which bytes, every verdict that was not a plain pass, the model before and after. No seconds: a resumed
     run must write the very same entry."""
+    return pool_body(gathered) | {
+        "model_before": before,
+        "model_after": after,
+        "learners": {kind: judged_body(one.judged, memory[kind]) for kind, one in learnt.items()},
+    }
+
+
+def pool_body(gathered: Gathered) -> dict[str, Any]:
+    """Who sent which bytes in a round, and whose message was refused."""
     senders = sorted({c.participant for c in gathered.completions})
     return {
         "round": gathered.plan.round,
         "plan": {"mode": gathered.plan.mode, "assigned": gathered.plan.assigned},
         "pool": gathered.sha256,
-        "model_before": before,
-        "model_after": after,
         "contributions": [
             {"participant": n, "completions": [c.sha256 for c in gathered.completions if c.participant == n]}
             for n in senders
@@ -107,20 +115,20 @@ def ledger_body(
             {"participant": r.participant, "sha256": r.sha256, "reason": r.reason, "sentence": r.sentence}
             for r in gathered.refused
         ],
-        "learners": {
-            kind: {
-                "admitted": float(one.judged.weight_N.sum()),
-                "verdicts": [
-                    {k: v for k, v in verdict.as_dict().items() if k not in ("seconds", "score")}
-                    | {"effect": verdict.effect}
-                    for verdict in one.judged.verdicts
-                    if verdict.weight < 1
-                ],
-                "passed": dict(sorted(Counter(v.screen for v in one.judged.verdicts if v.weight == 1).items())),
-                "trust": {n: s.to_json() for n, s in sorted(memory[kind].trust.items())},
-            }
-            for kind, one in learnt.items()
-        },
+    }
+
+
+def judged_body(judged: Judged, memory: Memory) -> dict[str, Any]:
+    """What one receiver made of a pool, and whom it trusts after that."""
+    return {
+        "admitted": float(judged.weight_N.sum()),
+        "verdicts": [
+            {k: v for k, v in verdict.as_dict().items() if k not in ("seconds", "score")} | {"effect": verdict.effect}
+            for verdict in judged.verdicts
+            if verdict.weight < 1
+        ],
+        "passed": dict(sorted(Counter(v.screen for v in judged.verdicts if v.weight == 1).items())),
+        "trust": {n: s.to_json() for n, s in sorted(memory.trust.items())},
     }
 
 
