@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context, Message, RecordDict
+
+from assay.bench.flower_grid import InProcessGrid
 from assay.config import SwarmExperiment
+from assay.engines.flower import swarm_node, swarm_relay
 from assay.engines.relayed_swarm import Answer, Request, Settings, turn
-from assay.engines.swarm_world import node_names, plan_for
+from assay.engines.swarm_world import plan_for
 from assay.ledger import Ledger
 from assay.swarm.build import make_task
 from assay.swarm.exchange import Rules
-from assay.swarm.relayed import encode_pool, plan_bytes
+from assay.swarm.relayed import decode_pool, encode_pool, plan_bytes
 
 Pools = dict[int, bytes]
 
@@ -65,6 +69,42 @@ class Relay:
         return answers
 
 
+def on_grid(
+    settings: list[Settings], change: Callable[[str, Message], Any] = lambda node, reply: reply
+) -> InProcessGrid:
+    """The same nodes as Flower ClientApps on a grid in this process.
+
+    `change(node, reply)` is what a node sends instead of its reply; None is silence.
+    """
+
+    def client(one: Settings) -> Any:
+        app = swarm_node.make_app(lambda context: one)
+        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+        return lambda message: change(one.node, app(message, context))
+
+    return InProcessGrid({11 + i: client(one) for i, one in enumerate(settings)})
+
+
+def play(
+    grid: InProcessGrid, settings: list[Settings], folder: Path, on_round: Callable[[int], None] = lambda index: None,
+    **more: Any,
+) -> None:  # fmt: skip
+    """Run the relay's ServerApp to the end."""
+    given = {"timeout": 0.05, "poll": 0.002, "attempts": 2, **more}
+    relay = swarm_relay.RelaySettings(folder=folder, experiment=settings[0].experiment, keys=settings[0].keys, **given)
+    swarm_relay.make_app(lambda context: relay, on_round)(
+        grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    )
+
+
+def pools_in(folder: Path, nodes: list[str]) -> dict[int, dict[str, bytes]]:
+    """Messages by round, of the pools a relay has kept."""
+    return {
+        int(p.stem): decode_pool(p.read_bytes(), round=int(p.stem), nodes=nodes)
+        for p in sorted((folder / "pools").glob("*.pool"))
+    }
+
+
 def rounds_of(settings: Settings) -> list[dict[str, Any]]:
     """The ledger's rounds of a node."""
     return [e["body"] for e in Ledger(settings.folder / "ledger.jsonl").entries if e["kind"] == "round"]
@@ -73,6 +113,3 @@ def rounds_of(settings: Settings) -> list[dict[str, Any]]:
 def told_of(settings: Settings) -> list[dict[str, Any]]:
     """What the ledger says of the relay."""
     return [e["body"] for e in Ledger(settings.folder / "ledger.jsonl").entries if e["kind"] == "relay"]
-
-
-__all__ = ["Path", "Relay", "node_names", "rounds_of", "tiny", "told_of"]

@@ -1,22 +1,26 @@
-"""A swarm by relay on the real `tiny`: it learns what the local engine learns, and what a lying relay gains: nothing."""
+"""A swarm by relay on the real `tiny`, on Flower and without: it learns what the local engine learns, whoever lies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from assay import checkpoint, ledger, run_dir
+from assay.bench.flower_grid import InProcessGrid
 from assay.config import ConfigError
 from assay.engines import journal, local_swarm
-from assay.engines.flower.swarm_run import prepare
+from assay.engines.flower import swarm_node, swarm_relay, swarm_run
+from assay.engines.flower.swarm_records import read_answer
 from assay.engines.relayed_swarm import Request, turn
 from assay.swarm.keys import make_key, read_keys, write_keys
 from assay.swarm.relayed import encode_pool
-from relayed import Relay, rounds_of, tiny, told_of
+from relayed import Relay, on_grid, play, pools_in, rounds_of, tiny, told_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BAD, FIRST, LAST = "node-2", "node-0", "node-3"
@@ -24,11 +28,23 @@ BAD, FIRST, LAST = "node-2", "node-0", "node-3"
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Relay:
-    """An unbroken run with an honest relay."""
-    relay = Relay(prepare(tiny(), tmp_path_factory.mktemp("played")))
-    for index in range(1, 5):
-        relay.round(index)
+    """An unbroken run of Flower's apps on a grid in one process, whose messages travel as Flower's own bytes."""
+    folder = tmp_path_factory.mktemp("played")
+    settings = swarm_run.prepare(tiny(), folder)
+    play(on_grid(settings), settings, folder / "relay")
+    relay = Relay(settings)
+    relay.messages = pools_in(folder / "relay", list(relay.settings))
     return relay
+
+
+@pytest.fixture(scope="module")
+def begun(played: Relay, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of two nodes that have learnt round 1 and signed round 2."""
+    relay = fresh(played, tmp_path_factory.mktemp("begun"))
+    relay.messages = {1: played.messages[1]}
+    for node in (FIRST, "node-1"):
+        relay.ask(node, 2)
+    return relay.settings[FIRST].folder.parent
 
 
 def fresh(played: Relay, folder: Path, lie: Any = None) -> Relay:
@@ -86,24 +102,17 @@ def test_a_round_is_signed_once(played: Relay, tmp_path: Path) -> None:
 def test_a_killed_turn_leaves_nothing_half_done(played: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     relay = fresh(played, tmp_path)
     relay.messages = played.messages
-    for name in ("write_atomic", "save"):
-        original = getattr(checkpoint, name)
-        calls = 0
-
-        def dies(*args: Any, original: Any = original, **more: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 1:
-                raise KeyboardInterrupt
-            return original(*args, **more)
-
+    for index, name in ((2, "write_atomic"), (3, "save")):
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, name, dies)
+            patched.setattr(checkpoint, name, _dies)
             with pytest.raises(KeyboardInterrupt):
-                relay.ask(FIRST, 2)
-        answer = relay.ask(FIRST, 2)
-        assert answer.message == played.messages[2][FIRST]
+                relay.ask(FIRST, index)
+        assert relay.ask(FIRST, index).message == played.messages[index][FIRST]
         assert ledger.verify(relay.settings[FIRST].folder / run_dir.LEDGER).ok
+
+
+def _dies(*args: Any, **more: Any) -> None:
+    raise KeyboardInterrupt
 
 
 # --- a relay that lies -----------------------------------------------------------------------------------------------
@@ -137,13 +146,13 @@ def test_two_halves_that_were_told_two_things_both_stop(played: Relay, tmp_path:
         return {n: m for n, m in messages.items() if index > 1 or node in (FIRST, "node-1") or n != FIRST}
 
     relay = fresh(played, tmp_path, lie)
-    relay.round(1)
-    relay.round(2)
-    assert {(a.status, a.reason) for a in relay.round(3).values()} == {("refused", "wrong_pool")}
+    relay.messages = {1: played.messages[1]}
+    relay.messages[2] = {node: relay.ask(node, 2).message for node in relay.settings}
+    assert {(a.status, a.reason) for a in (relay.ask(n, 3) for n in (FIRST, LAST))} == {("refused", "wrong_pool")}
 
 
 @pytest.mark.parametrize("what", ["altered", "dropped", "replayed", "swapped"])
-def test_a_message_changed_for_everybody_is_seen_at_once(played: Relay, tmp_path: Path, what: str) -> None:
+def test_a_message_changed_for_everybody_is_seen_at_once(played: Relay, begun: Path, tmp_path: Path, what: str) -> None:
     """All hold the same pool, so all go on together; whose message it was sees that it is not what it sent."""
 
     def lie(node: str, index: int, messages: dict[str, bytes]) -> Mapping[str, bytes]:
@@ -154,10 +163,9 @@ def test_a_message_changed_for_everybody_is_seen_at_once(played: Relay, tmp_path
         new = {"altered": bytes(mine), "replayed": relay.messages[1][FIRST], "swapped": messages["node-1"]}
         return {n: new.get(what) if n == FIRST else m for n, m in messages.items() if n != FIRST or what != "dropped"}  # type: ignore[return-value]
 
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     relay = fresh(played, tmp_path, lie)
     relay.messages = {1: played.messages[1], 2: played.messages[2]}
-    for node in (FIRST, "node-1"):
-        relay.ask(node, 2)
     answers = {node: relay.ask(node, 3) for node in (FIRST, "node-1")}
     assert {a.status for a in answers.values()} == {"ok"}
     assert len({a.model for a in answers.values()}) == 1
@@ -229,7 +237,8 @@ def garbage(relay: Relay, index: int) -> dict[int, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("index", "reason"), enumerate(["malformed", "malformed", "wrong_round", "malformed", "malformed", "malformed", "too_large"])
+    ("index", "reason"),
+    [*enumerate(["malformed", "malformed", "wrong_round", "malformed", "malformed", "malformed", "too_large"])],
 )  # fmt: skip
 def test_what_is_no_pool_is_not_learnt(played: Relay, tmp_path: Path, index: int, reason: str) -> None:
     settings = fresh(played, tmp_path).settings[FIRST]
@@ -262,3 +271,90 @@ def test_wrong_settings_are_the_operators_mistake(played: Relay, changes: dict, 
 def test_two_processes_never_work_in_one_folder(played: Relay) -> None:
     with journal.locked(played.settings[FIRST].folder), pytest.raises(ConfigError, match="another process"):
         played.ask(FIRST, 4)
+
+
+# --- on Flower -------------------------------------------------------------------------------------------------------
+
+
+def test_a_relay_goes_on_where_it_stopped_and_brings_late_nodes_up(played: Relay, tmp_path: Path) -> None:
+    """Node 3 is away in rounds 1 and 2, node 2 answers rubbish in round 2; the relay dies after it, starts again."""
+    settings = list(fresh(played, tmp_path).settings.values())
+    folder = tmp_path / "relay"
+    seen: dict[str, int] = dict.fromkeys(played.settings, 0)
+
+    def change(node: str, reply: Message) -> Any:
+        seen[node] += 1
+        if node == BAD and seen[node] == 2:
+            reply.content["assay.answer"]["message"] = b"rubbish"
+        return reply
+
+    away = on_grid(settings[:3], change)
+    with pytest.raises(RuntimeError, match="dies"):
+        play(away, settings, folder, on_round=_dies_after(2))
+    assert sorted(p.name for p in (folder / "pools").iterdir()) == ["000001.pool", "000002.pool"]
+    assert set(pools_in(folder, list(played.settings))[2]) == {FIRST, "node-1"}
+    play(on_grid(settings), settings, folder)
+    pools = pools_in(folder, list(played.settings))
+    assert (set(pools[1]), set(pools[3])) == (set(played.settings) - {LAST}, set(played.settings))
+    ends = {run_dir.read_summary(s.folder)["fingerprint"] for s in settings}  # type: ignore[index]
+    assert len(ends) == 1
+    told = rounds_of(settings[0])
+    assert [[(r["participant"], r["reason"]) for r in body["refused"]] for body in told] == [
+        [(LAST, "missing")], [(BAD, "missing"), (LAST, "missing")], [],
+    ]  # fmt: skip
+    assert [body["relay"]["head"] for body in rounds_of(settings[3])] == [body["relay"]["head"] for body in told]
+
+
+def _dies_after(last: int) -> Callable[[int], None]:
+    def told(index: int) -> None:
+        if index == last:
+            raise RuntimeError("dies")
+
+    return told
+
+
+def test_a_relay_without_a_quorum_says_so(played: Relay, tmp_path: Path) -> None:
+    settings = list(fresh(played, tmp_path).settings.values())
+    with pytest.raises(ConfigError, match="no 3 of 4 nodes answered with one history"):
+        play(on_grid(settings[:2]), settings, tmp_path / "relay")
+
+
+def test_requests_that_are_none_are_refused(played: Relay) -> None:
+    one = played.settings[FIRST]
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    for content in (
+        RecordDict(),
+        RecordDict({"assay.asked": ConfigRecord({"round": "1", "plan": b""}), "assay.pools": ConfigRecord()}),
+        RecordDict({"assay.asked": ConfigRecord({"round": 1, "plan": b""}), "assay.pools": ConfigRecord({"-1": b""})}),
+        RecordDict({"assay.asked": ConfigRecord({"round": 1, "plan": b""}), "assay.pools": ConfigRecord({"1": "x"})}),
+    ):
+        grid = InProcessGrid({11: lambda m: swarm_node.make_app(lambda c: one)(m, context)})
+        [reply] = grid.send_and_receive([grid.create_message(content, "train", 11, "")], timeout=1)
+        assert read_answer(reply.content, 10).reason == "malformed"
+
+
+def test_a_node_is_what_its_own_operator_says(tmp_path: Path) -> None:
+    (tmp_path / "experiment.toml").write_text('wing = "swarm"\n')
+    given = {"node": "node-1", "folder": str(tmp_path)}
+    context = Context(run_id=1, node_id=1, node_config=given, state=RecordDict(), run_config={"node": "node-0"})
+    found = swarm_node.settings_of(context)
+    assert (found.node, found.keys, found.key) == ("node-1", tmp_path / "keys.toml", tmp_path / "node.pem")
+    assert (found.quorum, found.malicious) == (None, False)
+    context.node_config.pop("folder")
+    with pytest.raises(ConfigError, match="--node-config"):
+        swarm_node.settings_of(context)
+    context.run_config = {"folder": str(tmp_path), "keep-pools": 3}
+    assert swarm_relay.settings_of(context).keep_pools == 3
+
+
+@pytest.mark.slow
+def test_flowers_simulation_ends_where_the_local_engine_ends(tmp_path: Path) -> None:
+    found = swarm_run.run_swarm(tiny(), tmp_path / "flower")
+    local = local_swarm.run_swarm(tiny(), tmp_path / "local")
+    model = ledger.Ledger(tmp_path / "local" / run_dir.LEDGER).entries[-1]["body"]["model"]
+    assert set(found["fingerprints"].values()) == {model}
+    assert {k: found[k] for k in ("struck", "banned", "metrics")} == {
+        k: local[k] for k in ("struck", "banned", "metrics")
+    }
+    assert found["banned"][BAD] == [2, 3]
+    assert swarm_run.run_swarm(tiny(), tmp_path / "flower") == found, "a finished run is taken as it is"
