@@ -91,16 +91,21 @@ def settings_of(context: Context) -> RelaySettings:
 
 
 def make_app(
-    settings_of: Callable[[Context], RelaySettings] = settings_of, on_round: Callable[[int], None] = lambda index: None
+    settings_of: Callable[[Context], RelaySettings] = settings_of,
+    on_round: Callable[[int], None] = lambda index: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> ServerApp:
-    """The app; `settings_of` says what its operator wants, `on_round` is told of every round that is closed."""
+    """The app; `settings_of` says what its operator wants, `on_round` is told of every round that is closed.
+
+    `stopped` is asked while it waits: where the nodes' side of a simulation has died, nobody will ever answer.
+    """
     made = ServerApp()
 
     @made.main()
     def main(grid: Grid, context: Context) -> None:
         settings = settings_of(context)
         with journal.locked(settings.folder):
-            Relay(settings, on_round).play(grid)
+            Relay(settings, on_round, stopped).play(grid)
 
     return made
 
@@ -116,11 +121,27 @@ class _Round:
     told: dict[int, int] = field(default_factory=dict)
 
 
+class _Grid(GuardedGrid):
+    """A guarded grid that does not wait for nodes that are gone."""
+
+    stopped: Callable[[], bool] = staticmethod(lambda: False)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        if self.stopped():
+            raise ConfigError("the simulation has ended before the run; its log says why")
+        return super().pull_messages(message_ids)
+
+
 class Relay:
     """Plays rounds on a grid."""
 
-    def __init__(self, settings: RelaySettings, on_round: Callable[[int], None] = lambda index: None) -> None:
-        self.settings, self.on_round = settings, on_round
+    def __init__(
+        self,
+        settings: RelaySettings,
+        on_round: Callable[[int], None] = lambda index: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.settings, self.on_round, self.stopped = settings, on_round, stopped
         experiment = settings.experiment
         self.nodes, self.rounds = node_names(experiment), experiment.swarm.iterations
         self.keys: Keys = read_keys(settings.keys, self.nodes)
@@ -141,7 +162,8 @@ class Relay:
     def play(self, grid: Grid) -> None:
         """All rounds from the first that has no pool yet, and the message after the last. ConfigError without a quorum."""
         limit = OVERHEAD + self.max_contents + ANSWER_BYTES
-        guarded = GuardedGrid(grid, timeout=self.settings.timeout, poll=self.settings.poll, max_reply_bytes=limit)
+        guarded = _Grid(grid, timeout=self.settings.timeout, poll=self.settings.poll, max_reply_bytes=limit)
+        guarded.stopped = self.stopped
         self._wait(guarded)
         for index in range(self.last + 1, self.rounds + 1):
             self._keep(index, self._gather(guarded, index))

@@ -11,6 +11,7 @@ other; `summary.json` adds everybody's fingerprint. A killed run goes on where i
 from __future__ import annotations
 
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flwr.app import Context
 
 from assay import checkpoint, run_dir
 from assay.config import ConfigError, SwarmExperiment
+from assay.engines import journal
 from assay.engines.flower import swarm_node, swarm_relay
 from assay.engines.local_swarm import finished, units
 from assay.engines.relayed_swarm import Settings
@@ -44,14 +46,20 @@ def run_swarm(
 
     The same result as `local_swarm.run_swarm` for the same seeds: the nodes' weights have the same hash. ConfigError as there.
     """
-    from flwr.simulation import run_simulation
-
     directory, tracker = Path(directory).resolve(), tracker or Silent()
     done = finished(experiment, directory)
     if done is not None:
         return done
     if (directory / run_dir.CHECKPOINTS).exists():
         raise ConfigError(f"{directory}: holds a run of the local engine; choose another directory (--out)")
+    with journal.locked(directory):
+        _simulate(experiment, directory, tracker, timeout)
+        return collect(experiment, directory, given=given, command=command)
+
+
+def _simulate(experiment: SwarmExperiment, directory: Path, tracker: Tracker, timeout: float) -> None:
+    from flwr.simulation import run_simulation
+
     settings = prepare(experiment, directory)
     share = units(experiment) / experiment.swarm.iterations
     relay = swarm_relay.RelaySettings(
@@ -64,13 +72,16 @@ def run_swarm(
 
     # by partition, which is all a simulated node knows of itself
     node_app = swarm_node.make_app(partial(_by_partition, settings))
-    run_simulation(
-        swarm_relay.make_app(lambda context: relay, closed),
-        node_app,
-        num_supernodes=experiment.swarm.nodes,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-    )
-    return collect(experiment, directory, given=given, command=command)
+    over = threading.Event()
+    try:
+        run_simulation(
+            swarm_relay.make_app(lambda context: relay, closed, over.is_set),
+            node_app,
+            num_supernodes=experiment.swarm.nodes,
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        )
+    finally:
+        over.set()  # Flower's thread of the relay outlives a simulation that crashed
 
 
 def _by_partition(settings: list[Settings], context: Context) -> Settings:
