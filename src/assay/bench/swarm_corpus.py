@@ -4,7 +4,7 @@ results/swarm-corpus.json, from which `python -m assay.bench.tables` makes the t
 Four nodes of the real `tiny`; three are honest, the fourth's message is the hostile one. It stands in the pool itself,
 as if the relay had let everything through. Measured for each:
   survived   nothing raised; every honest completion is learnt from; the weights after the round are those of the same
-             round without the fourth node (closer than 1e-6; exactly, where the message never got to the screens)
+             round without the fourth node (closer than 1e-5; exactly, where the message never got to the screens)
   harmed     anything else
 and the reason the node gives for the hostile message.
 """
@@ -37,14 +37,16 @@ from assay.verdict import Reason
 from assay.wire import encode_rollout
 
 HOSTILE, OTHER = "node-3", "node-0"
-CLOSE = 1e-6
+CLOSE = 1e-5
+"""Between two weights: a fiftieth of Adam's first step. Rows that are out still stand in the micro-batches, whose sums end
+in other last bits, and Adam divides small gradients by their own size; 2.2e-6 was seen."""
 RESULTS = Path("results/swarm-corpus.json")
 
 
 def experiment() -> SwarmExperiment:
-    """Four honest nodes, two prompts of four completions each."""
+    """Four honest nodes, one prompt of four completions each: a group that is refused leaves nothing of its node."""
     return SwarmExperiment().changed(
-        name="swarm-corpus", swarm__nodes=4, swarm__malicious=0.0, swarm__prompts=8, swarm__group=4, swarm__run="corpus"
+        name="swarm-corpus", swarm__nodes=4, swarm__malicious=0.0, swarm__prompts=4, swarm__group=4, swarm__run="corpus"
     )
 
 
