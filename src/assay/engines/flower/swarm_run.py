@@ -29,6 +29,7 @@ from assay.progress import Silent, Tracker
 from assay.swarm.keys import make_key, public_hex, read_key, write_keys
 
 KEYS, KEY = "keys.toml", "node.pem"
+RAY: dict[str, Any] = {"include_dashboard": False}  # nobody looks at it
 TIMEOUT = 3600.0
 """Seconds a round may take in a simulation, in which nobody is ever gone."""
 
@@ -78,7 +79,7 @@ def _simulate(experiment: SwarmExperiment, directory: Path, tracker: Tracker, ti
             swarm_relay.make_app(lambda context: relay, closed, over.is_set),
             node_app,
             num_supernodes=experiment.swarm.nodes,
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": RAY},
         )
     finally:
         over.set()  # Flower's thread of the relay outlives a simulation that crashed
