@@ -13,6 +13,8 @@ from assay.bench.swarm_messages import Hostile, honest
 
 RESULTS = Path(__file__).parents[1] / "results" / "swarm-corpus.json"
 READ = [case for case in CORPUS if case not in DRAWN]
+SOME = [case for case in DRAWN if case.name in ("too-few", "end-missing", "token-edited", "seeds-own")]
+"""Each costs a round of learning; all of them are in the results."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def test_what_is_wrong_with_the_bytes_is_refused_before_the_screens(theatre: The
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("case", DRAWN, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 def test_what_is_wrong_with_the_completions_is_refused_by_the_screens(theatre: Theatre, case: Hostile) -> None:
     seen = theatre.judge(case)
     assert (seen.outcome, seen.reason) == ("survived", case.reason), seen

@@ -21,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from assay import checkpoint, run_dir
 from assay.config import ConfigError, SwarmExperiment, parse_any
 from assay.contribution import Refusal
@@ -40,7 +42,7 @@ from assay.engines.swarm_world import (
 from assay.ledger import Ledger
 from assay.progress import Silent
 from assay.swarm import summary
-from assay.swarm.keys import read_key, read_keys
+from assay.swarm.keys import public_hex, read_key, read_keys
 from assay.swarm.relayed import (
     Heard,
     about_mine,
@@ -153,21 +155,25 @@ def _open(settings: Settings) -> Node:
     built = _built(settings.experiment.model_dump_json(), kinds_of(settings.experiment)[settings.node])
     honest = frozenset() if settings.malicious else {settings.node}
     world = replace(built.world, memory=dict(built.world.memory), malicious=built.world.malicious - honest)
-    keys = read_keys(settings.keys, world.nodes)
+    keys, key = read_keys(settings.keys, world.nodes), read_key(settings.key)
+    if public_hex(key) != public_hex(keys[settings.node]):
+        raise ConfigError(f"{settings.key}: is not the key that {settings.keys} has for {settings.node}")
     resolved = {"experiment": built.identity["experiment"], "model": built.model, "node": settings.node}
     run_id = journal.claim(folder, built.identity, resolved, "")
+    if (owner := json.loads((folder / run_dir.RESOLVED).read_text()).get("node")) != settings.node:
+        raise ConfigError(f"{folder}: is the folder of {owner}; give each node its own")
     found = checkpoint.load_latest(folder / run_dir.CHECKPOINTS)
     head = genesis(world.rules.run, keys, built.identity)
     if found is not None:
         restore(world, found)
         head = str(found.meta["head"])
         journal.publish(folder, found.step, found.meta["entry"], found.meta["row"])
-        return Node(settings, world, keys, head, built.model)
+        return Node(settings, world, keys, key, head, built.model)
     for name, learner in world.learners.items():
         learner.load(built.first[name])
     entry, row = start(world, run_id, time.perf_counter() - at)
     save(world, folder, {**entry, "node": settings.node, "head": head}, row, {"head": head})
-    return Node(settings, world, keys, head, built.model)
+    return Node(settings, world, keys, key, head, built.model)
 
 
 @dataclass(slots=True)
@@ -177,6 +183,7 @@ class Node:
     settings: Settings
     world: World
     keys: Keys
+    key: Ed25519PrivateKey
     head: str
     model: dict[str, Any]
 
@@ -273,7 +280,7 @@ class Node:
                 run=self.world.rules.run, round=index, node=self.settings.node, plan=plan_sha256(plan), head=self.head,
                 contents=encode_rollout(made[self.settings.node], run=self.world.rules.run),
             )  # fmt: skip
-            message = sign(statement, read_key(self.settings.key))
+            message = sign(statement, self.key)
         checkpoint.write_atomic(path, message)
         for old in sorted(path.parent.glob("*.signed"))[:-KEPT]:
             old.unlink(missing_ok=True)
