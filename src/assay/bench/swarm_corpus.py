@@ -156,6 +156,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m assay.bench.swarm_corpus", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     path = parser.parse_args(list(arguments)).results
+    run_dir.commit()
     rows = measure()
     found = {
         "wing": "swarm-messages",
