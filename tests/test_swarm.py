@@ -19,7 +19,7 @@ import torch
 from assay import config, ledger, models, run_dir
 from assay.config import ConfigError, SwarmExperiment
 from assay.contribution import Completion, Pool, Rollout, TokenEvidence, completion_sha256, tensors_sha256
-from assay.engines import local_swarm
+from assay.engines import local_swarm, swarm_world
 from assay.progress import Silent
 from assay.swarm import attacks, build, screening
 from assay.swarm.exchange import Gathered, Rules, gather
@@ -47,7 +47,7 @@ def world_of(experiment: SwarmExperiment) -> local_swarm.World:
 
 def gathered_of(world: local_swarm.World, index: int = 1) -> Gathered:
     """One round's messages through the wire."""
-    sha256 = local_swarm._model_sha256(world)
+    sha256 = swarm_world.model_sha256(world)
     plan = local_swarm.plan_of(world, index)
     rollouts = local_swarm.answer(world, plan, sha256)
     messages = {n: encode_rollout(r, run=world.rules.run) for n, r in rollouts.items()}
@@ -165,10 +165,10 @@ def test_honest_nodes_learn() -> None:
                        evaluate__samples=2)  # fmt: skip
     world = world_of(experiment)
     (kind,) = world.learners
-    before = local_swarm._heldout(world)["reward"]
+    before = swarm_world.heldout(world)["reward"]
     for index in range(1, 9):
         world.memory[kind], _ = world.learners[kind].learn(gathered_of(world, index), world.memory[kind])
-    assert local_swarm._heldout(world)["reward"] > before + 0.03
+    assert swarm_world.heldout(world)["reward"] > before + 0.03
 
 
 # --- attacks and the seeded check ------------------------------------------------------------------------------------
@@ -574,7 +574,7 @@ def test_rollouts_of_other_rounds_and_runs_do_not_count() -> None:
     found = gathered_of(world)
     one = found.completions[0]
     plan = local_swarm.plan_of(world, 2)
-    sha256 = local_swarm._model_sha256(world)
+    sha256 = swarm_world.model_sha256(world)
     replayed = Rollout(participant=one.participant, round=1, model_sha256=sha256, completions=found.completions[:1])
     other_run = encode_rollout(replayed, run="another")
     for message in (encode_rollout(replayed, run=world.rules.run), other_run):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from assay.config import ConfigError, SwarmExperiment
 from assay.contribution import Completion, Pool, Rollout, TokenEvidence, completion_sha256, tensors_sha256
-from assay.engines import local_swarm
+from assay.engines import local_swarm, swarm_world
 from assay.swarm import defence, screening
 from assay.swarm.exchange import gather, make_plan
 from assay.swarm.grpo import advantages
@@ -151,7 +151,7 @@ def broken(rollout: Rollout, message: bytes, run: str) -> dict[str, bytes | None
 def test_among_broken_messages_of_every_kind_the_others_learn_as_if_nothing_had_come() -> None:
     torch.set_num_threads(1)  # several threads add up in an order of their own: other last bits in every run
     world = world_of(small(swarm__malicious=0.0, defence__level="none"))
-    sha256 = local_swarm._model_sha256(world)
+    sha256 = swarm_world.model_sha256(world)
     plan = local_swarm.plan_of(world, 1)
     rollouts = local_swarm.answer(world, plan, sha256)
     rules = replace(world.rules, model_sha256=sha256)

@@ -80,12 +80,16 @@ class LoraUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A message refused before it became a contribution: who, the sha256 of its raw bytes, a reason and a sentence."""
+    """A message refused before it became a contribution: who, the sha256 of its raw bytes, a reason and a sentence.
+
+    `proven` False: nothing shows that the bytes are the participant's own, so that they can cost it no trust.
+    """
 
     participant: str
     sha256: str
     reason: str
     sentence: str
+    proven: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,10 @@ class Reason(StrEnum):
     WRONG_PARTICIPANT = "wrong_participant"
     HASH_MISMATCH = "hash_mismatch"
     MISSING = "missing"
+    # signed messages, by relay (swarm/relayed.py)
+    WRONG_SIGNATURE = "wrong_signature"
+    WRONG_PLAN = "wrong_plan"
+    WRONG_POOL = "wrong_pool"
     # screens
     STRUCTURE = "structure"
     NORM = "norm"

@@ -43,6 +43,8 @@ def table(found: Mapping[str, Any]) -> str:
     """One Markdown table: rows grouped over seeds as mean (min-max), then the command, machine and commit."""
     if found.get("wing") == "flower":
         return _hostile(found)
+    if found.get("wing") == "swarm-messages":
+        return _messages(found)
     lines = (_swarm_lines if found.get("wing") == "swarm" else _grid_lines if is_grid(found) else _federated_lines)(
         found["rows"]
     )
@@ -84,6 +86,24 @@ def _hostile(found: Mapping[str, Any]) -> str:
         "",
         f"`{found['command']}` · flwr {versions['flwr']}, numpy {versions['numpy']} · commit {found['commit']}",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def _messages(found: Mapping[str, Any]) -> str:
+    """Hostile messages in a swarm's pool: what became of the round, why the message was refused, what it cost its node."""
+    rows = found["rows"]
+    told = ", ".join(f"{len(some)} {what}" for what, some in sorted(_by(rows, "assay").items()))
+    lines = [
+        f"{len(rows)} messages: {told}.",
+        "",
+        "| message | what it is | the round | reason | strike |",
+        "|---" * 5 + "|",
+    ]
+    for row in rows:
+        mark = "" if row["reason"] == row["expected"] else f" (expected `{row['expected']}`)"
+        strike = "yes" if row["strike"] else "no"
+        lines.append(f"| `{row['name']}` | {row['what']} | {row['assay']} | `{row['reason']}`{mark} | {strike} |")
+    lines += ["", f"`{found['command']}` · torch {found['versions']['torch']} · commit {found['commit']}"]
     return "\n".join(lines) + "\n"
 
 

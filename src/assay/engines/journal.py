@@ -20,6 +20,8 @@ from assay import checkpoint, run_dir
 from assay.config import ConfigError, parse_any
 from assay.ledger import Ledger
 
+ROUNDS = ("start", "round")
+
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
@@ -78,7 +80,7 @@ def save(
 def publish(directory: Path, index: int, entry: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     """Append what the checkpoint carries, unless it is already there."""
     ledger = Ledger(directory / run_dir.LEDGER)
-    if len(ledger.entries) <= index:  # entry 0 is the start, entry r is round r
+    if sum(entry["kind"] in ROUNDS for entry in ledger.entries) <= index:  # the start, then a round each
         ledger.append("start" if index == 0 else "round", dict(entry))
     path = directory / run_dir.METRICS
     rows = path.read_text().splitlines() if path.exists() else []
@@ -89,6 +91,6 @@ def publish(directory: Path, index: int, entry: Mapping[str, Any], row: Mapping[
 def close(directory: Path, rounds: int, model: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The closing ledger entry, once (`more` is added to it); returns entries and head for the summary."""
     ledger = Ledger(directory / run_dir.LEDGER)
-    if len(ledger.entries) <= rounds + 1:
+    if ledger.last("end") is None:
         ledger.append("end", {"model": model, "rounds": rounds, **(more or {})})
     return {"entries": len(ledger.entries), "head": ledger.head}

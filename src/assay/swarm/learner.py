@@ -355,7 +355,8 @@ class Learner:
         return out
 
     def load(self, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Take weights and optimiser state from a checkpoint."""
+        """Take weights and optimiser state from a checkpoint; what the optimiser remembered before is gone."""
+        self.optimizer.state.clear()
         with torch.no_grad():
             for n, p in self.parameters.items():
                 p.copy_(torch.from_numpy(np.array(tensors[f"weight/{n}"])))

@@ -21,8 +21,8 @@ from assay.verdict import AnyScreen, Mode, Reason, State, Verdict, run_screen
 FORGED = frozenset({Reason.SEEDED, Reason.NOT_ENDED, Reason.INCOMPLETE, Reason.LOGIT, Reason.WRONG_PROMPT,
                     Reason.WRONG_ROUND, Reason.DUPLICATE, Reason.OUT_OF_RANGE, Reason.TOO_LARGE, Reason.MALFORMED})  # fmt: skip
 
-# What a slow line or weights that have come apart do to an honest node: as if nothing had come.
-LATE = frozenset({Reason.MISSING.value, Reason.WRONG_ROUND.value, Reason.WRONG_BASE.value})
+# What a slow line, weights that have come apart or a lying relay do to an honest node: as if nothing had come.
+LATE = frozenset({Reason.MISSING.value, Reason.WRONG_ROUND.value, Reason.WRONG_BASE.value, Reason.WRONG_POOL.value})
 HONEST_REFUSED = 1e-3
 """Share of honest completions that may be refused by mistake: what `assay calibrate` sets thresholds for."""
 
@@ -134,8 +134,8 @@ def forged_share(pool: Pool, verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Share of each node's owed completions that were forged, or held back by a node that sent others.
 
     Whoever sends some groups and not others chooses what is learnt from. A node that sends nothing at all is silent,
-    which is no crime, and so is one whose message came late or from other weights; else one refused at the wire counts
-    as 1.
+    which is no crime, and so is one whose message came late, from other weights, or not provably from it; else one refused at
+    the wire counts as 1.
     """
     forged = {
         (v.participant, v.contribution)
@@ -148,7 +148,7 @@ def forged_share(pool: Pool, verdicts: Sequence[Verdict]) -> dict[str, float]:
     for node in sent:
         owed = sum(pool.asked.get(node, {}).values())
         out[node] = min(1.0, (bad[node] + max(0, owed - sent[node])) / max(1, owed))
-    return out | {r.participant: 1.0 for r in pool.refused if r.reason not in LATE}
+    return out | {r.participant: 1.0 for r in pool.refused if r.proven and r.reason not in LATE}
 
 
 def lost_groups(pool: Pool, verdicts: Sequence[Verdict]) -> dict[str, tuple[int, int]]:
