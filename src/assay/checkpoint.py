@@ -11,11 +11,12 @@ import json
 import os
 import re
 import secrets
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,13 +47,28 @@ class Checkpoint:
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a file whole or not at all (text as UTF-8); makes the folder. OSError as usual."""
-    path = Path(path)
+    _replace(Path(path), lambda file: file.write(data.encode() if isinstance(data, str) else data))
+
+
+def append_atomic(path: str | Path, text: str) -> None:
+    """Add text to a file, of which a reader sees all or nothing; a copy of the file by way of the disk."""
+
+    def write(file: BinaryIO) -> None:
+        if Path(path).exists():
+            with Path(path).open("rb") as before:
+                shutil.copyfileobj(before, file)
+        file.write(text.encode())
+
+    _replace(Path(path), write)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # same folder, because a rename is atomic only within one file system; not mkstemp, whose files only the owner reads
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temp.open("xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)

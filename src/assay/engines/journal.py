@@ -78,17 +78,24 @@ def save(
 def publish(directory: Path, index: int, entry: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     """Append what the checkpoint carries, unless it is already there."""
     ledger = Ledger(directory / run_dir.LEDGER)
-    if len(ledger.entries) <= index:  # entry 0 is the start, entry r is round r
+    if ledger.count <= index:  # entry 0 is the start, entry r is round r
         ledger.append("start" if index == 0 else "round", dict(entry))
     path = directory / run_dir.METRICS
-    rows = path.read_text().splitlines() if path.exists() else []
-    if len(rows) <= index:
-        checkpoint.write_atomic(path, "\n".join([*rows, json.dumps(row)]) + "\n")
+    if _lines(path) <= index:
+        checkpoint.append_atomic(path, json.dumps(row) + "\n")
+
+
+def _lines(path: Path) -> int:
+    """Counted without holding them: a row of a thousand clients is long, and a run has many."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def close(directory: Path, rounds: int, model: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The closing ledger entry, once (`more` is added to it); returns entries and head for the summary."""
     ledger = Ledger(directory / run_dir.LEDGER)
-    if len(ledger.entries) <= rounds + 1:
+    if ledger.count <= rounds + 1:
         ledger.append("end", {"model": model, "rounds": rounds, **(more or {})})
-    return {"entries": len(ledger.entries), "head": ledger.head}
+    return {"entries": ledger.count, "head": ledger.head}

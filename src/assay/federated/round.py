@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from assay import spool
 from assay.config import AggregationConfig
 from assay.contribution import LoraUpdate, Refusal, Round, Tensors, differences, flatten, tensors_sha256, unflatten
 from assay.federated import scaffold
@@ -23,6 +24,7 @@ from assay.federated.aggregators.product import Truncation, average_products
 from assay.federated.canary import GateResult
 from assay.federated.defence import Defence
 from assay.federated.server_opt import OptState, ServerOpt
+from assay.spool import Matrix
 from assay.verdict import Screened, State, screen_round
 
 Result = Literal["applied", "skipped", "rolled_back"]
@@ -180,7 +182,14 @@ def _controls(
     if rule is None:
         return controls
     names = [u.participant for u in left.updates]
-    return scaffold.update(controls, names, left.deltas(), weight_N, rule, aggregate, absent)
+    delta_ND = _deltas([u.tensors for u in left.updates], left.start)
+    return scaffold.update(controls, names, delta_ND, weight_N, rule, aggregate, absent)
+
+
+def _deltas(updates: Sequence[Tensors], start: Tensors) -> Matrix:
+    """A matrix of updates in memory; of those on a disk what reads them in panels."""
+    stored = spool.deltas(updates, start)
+    return differences(updates, start) if stored is None else stored
 
 
 def merge(
@@ -199,7 +208,7 @@ def merge(
     if aggregation.average == "product":
         adapter, truncation = average_products(updates, weight_N)
         return flatten(adapter) - flatten(start), memory, truncation
-    delta_D, memory = step(aggregate, differences(updates, start), weight_N, names, memory)
+    delta_D, memory = step(aggregate, _deltas(updates, start), weight_N, names, memory)
     return delta_D, memory, None
 
 
