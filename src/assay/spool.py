@@ -206,9 +206,10 @@ def take(delta_ND: Matrix, row_M: NDArray[np.intp], columns: slice | NDArray[np.
 
 def row(delta_ND: Matrix, index: int, low: int, high: int) -> NDArray[np.float32]:
     """Values [low, high) of one row, or as many as there are."""
-    if isinstance(delta_ND, Deltas):
-        return delta_ND.read([index], slice(low, high))[0]
-    return np.asarray(delta_ND[index, low:high], np.float32)
+    found: NDArray[np.float32] = (
+        delta_ND.read([index], slice(low, high))[0] if isinstance(delta_ND, Deltas) else delta_ND[index, low:high]
+    )
+    return found
 
 
 def panel_width(delta_ND: Matrix, rows: int, block: int) -> int:
