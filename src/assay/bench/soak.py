@@ -8,6 +8,7 @@ screens that need no model and an aggregator, ledger, metrics and checkpoint. Th
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 import tracemalloc
@@ -31,6 +32,9 @@ from assay.verdict import Screen
 
 SCREENS = ("structure", "norm", "probe", "neighbours", "duplicate")
 PLAIN = wire.Limits(max_steps=0)
+OPT = server_opt.make("fedavg")
+KEPT = ("adapter/", "aggregator/")
+ROWS = "soak.json"
 MB = 10**6
 
 
@@ -65,26 +69,37 @@ def bound(clients: int, values: int) -> int:
     return 24 * 4 * values + 2 * panel + 24 * 4 * contribution.BLOCK_VALUES + 48 * clients**2 + 64_000 * clients
 
 
-def soak(settings: Settings, directory: Path, after: Callable[[dict[str, Any]], None]) -> Iterator[dict[str, Any]]:
-    """Play the rounds in an empty `directory`, a row each; `after` hears of every row as soon as its round is over.
+def soak(settings: Settings, directory: Path) -> Iterator[dict[str, Any]]:
+    """Play the rounds that are left in `directory`, a row each, written down when it is given.
 
-    ConfigError where a run is there already, SpoolError where the disk is too small.
+    ConfigError where another soak is there, SpoolError where the disk is too small.
     """
-    if (directory / run_dir.LEDGER).exists():
-        raise ConfigError(f"{directory}: holds a run already; name another folder (--out) or delete it")
-    clients = Clients.make(settings.clients, settings.values, settings.malicious, settings.seed)
-    initial = clients.initial
-    spool.check_room(directory, settings.clients, flatten(initial).size)
-    defence = Defence(level="soak", screens=tuple(_screens(clients, settings)))
-    aggregate = aggregators.from_config(AggregationConfig(name=settings.aggregator), initial)
-    opt = server_opt.make("fedavg")
-    state = ServerState(round=0, adapter=initial, initial=initial, opt=opt.init(flatten(initial)))
-    _write(directory, state, {"run": RUN}, {"round": 0})
-    for _ in range(settings.rounds):
-        state, row = _play(state, clients, settings, defence, aggregate, opt, directory)
-        after(row)
-        yield row
-    journal.close(directory, settings.rounds, "")
+    identity = {key: value for key, value in asdict(settings).items() if key != "rounds"}
+    with journal.locked(directory):
+        journal.claim(directory, {"soak": identity}, {"soak": identity}, "")
+        clients = Clients.make(settings.clients, settings.values, settings.malicious, settings.seed)
+        spool.check_room(directory, settings.clients, flatten(clients.initial).size)
+        defence = Defence(level="soak", screens=tuple(_screens(clients, settings)))
+        aggregate = aggregators.from_config(AggregationConfig(name=settings.aggregator), clients.initial)
+        state = _start_or_resume(clients, directory)
+        while state.round < settings.rounds:
+            state, row = _play(state, clients, settings, defence, aggregate, directory)
+            yield row
+        journal.close(directory, settings.rounds, "")
+
+
+def _start_or_resume(clients: Clients, directory: Path) -> ServerState:
+    found = checkpoint.load_latest(directory / run_dir.CHECKPOINTS)
+    if found is None:
+        state = ServerState(round=0, adapter=clients.initial, initial=clients.initial, opt={})
+        _write(directory, state, {"run": RUN}, {"round": 0})
+        return state
+    journal.publish(directory, found.step, found.meta["entry"], found.meta["row"])
+    kept = {kind: {n.removeprefix(kind): v for n, v in found.tensors.items() if n.startswith(kind)} for kind in KEPT}
+    return ServerState(
+        round=found.step, adapter=kept["adapter/"], initial=clients.initial, opt={}, screens=found.meta["screens"],
+        memory=kept["aggregator/"],
+    )  # fmt: skip
 
 
 def _screens(clients: Clients, settings: Settings) -> Iterator[Screen]:
@@ -103,13 +118,13 @@ def _screens(clients: Clients, settings: Settings) -> Iterator[Screen]:
 
 def _play(
     state: ServerState, clients: Clients, settings: Settings, defence: Defence, aggregate: aggregators.Aggregator,
-    opt: server_opt.ServerOpt, directory: Path,
+    directory: Path,
 ) -> tuple[ServerState, dict[str, Any]]:  # fmt: skip
     memory, started = Peak(), time.perf_counter()
     with Spool(directory, state.adapter) as held:
         updates, refused = _hear(clients, state, held)
         heard = time.perf_counter()
-        state, outcome = run_round(state, updates, refused, defence, aggregate, opt, AggregationConfig(), 8)
+        state, outcome = run_round(state, updates, refused, defence, aggregate, OPT, AggregationConfig(), 8)
         on_disk = held.bytes
         judged = time.perf_counter()
         _write(directory, state, outcome.ledger_body(), {"round": state.round, "weights": outcome.screened.weight})
@@ -170,6 +185,7 @@ def noticed(clients: Clients, outcome: Outcome) -> dict[str, Any]:
 
 def _write(directory: Path, state: ServerState, entry: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     tensors = {f"adapter/{name}": value for name, value in state.adapter.items()}
+    tensors |= {f"aggregator/{name}": value for name, value in state.memory.items()}
     journal.save(directory, state.round, tensors, {"screens": dict(state.screens)}, entry, row)
 
 
@@ -201,8 +217,8 @@ def _kernel() -> str:
     return "VmHWM"
 
 
-def results(command: str, settings: Settings, before: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What results/soak.json holds; `before` is the process's memory as the soak began."""
+def results(command: str, settings: Settings, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What results/soak.json holds. A row's `before_bytes` is the process's memory as its soak began."""
     values = rows[0]["values"] if rows else settings.values
     return {
         "wing": "soak",
@@ -211,7 +227,6 @@ def results(command: str, settings: Settings, before: int, rows: Sequence[Mappin
         "versions": run_dir.versions(),
         "machine": run_dir.machine(),
         "settings": {**asdict(settings), "values": values},
-        "before_bytes": before,
         "bound_bytes": bound(settings.clients, values),
         "in_memory_bytes": 4 * settings.clients * values,
         "rows": list(rows),
@@ -221,19 +236,26 @@ def results(command: str, settings: Settings, before: int, rows: Sequence[Mappin
 def run(
     settings: Settings, directory: Path, path: Path | None, command: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The whole soak; `path` is written after every round. ValueError where the ledger does not verify at its end."""
-    before, rows = Peak().bytes(), list[dict[str, Any]]()
-
-    def after(row: dict[str, Any]) -> None:
-        rows.append(row)
-        if path is not None:
-            checkpoint.write_json(path, results(command, settings, before, rows))
+    """The whole soak, or what is left of it; `path` is written after every round. ValueError where the ledger does not
+    verify at its end. A round that ended with its process has no row: it was counted and not measured."""
+    before, rows = Peak().bytes(), _measured(directory)
+    for row in soak(settings, directory):
+        rows.append({**row, "before_bytes": before})
+        found = results(command, settings, rows)
+        for where in (directory / ROWS, path):
+            if where is not None:
+                checkpoint.write_json(where, found)
         spent = row["seconds"]["total"]
         say(f"round {row['round']}/{settings.rounds}: {spent:.0f} s, peak {row['peak_bytes'] / MB:.0f} MB")
+    verified = ledger.verify(directory / run_dir.LEDGER)
+    if not verified.ok or verified.entries != settings.rounds + 2:
+        told = f"{verified.problem}; {verified.entries} entries, expected {settings.rounds + 2}"
+        raise ValueError(f"{directory}: the soak's ledger does not verify: {told}")
+    return results(command, settings, rows)
 
-    for _ in soak(settings, directory, after):
-        pass
-    found = ledger.verify(directory / run_dir.LEDGER)
-    if not found.ok or found.entries != settings.rounds + 2:
-        raise ValueError(f"{directory}: the soak's ledger does not verify: {found.problem}, {found.entries} entries")
-    return results(command, settings, before, rows)
+
+def _measured(directory: Path) -> list[dict[str, Any]]:
+    """Rows of the rounds so far."""
+    path, found = directory / ROWS, checkpoint.load_latest(directory / run_dir.CHECKPOINTS)
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() and found else []
+    return [row for row in rows if found and row["round"] <= found.step]

@@ -126,7 +126,8 @@ def bench_soak(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Memory, seconds and disk of a server with many clients; no model is trained. 13.6 GB of disk at the defaults."""
+    """Memory, seconds and disk of a server with many clients; no model is trained. 13.6 GB of disk at the defaults. Goes on
+    where it stopped."""
     from assay.bench import soak
 
     settings = soak.Settings(
@@ -137,7 +138,7 @@ def bench_soak(
         found = soak.run(settings, out, results, _command(), lambda text: print(text, file=sys.stderr, flush=True))
     except SpoolError as error:
         raise ConfigError(f"--out: {error}") from None
-    highest = max(row["peak_bytes"] for row in found["rows"]) - found["before_bytes"]
+    highest = max((row["peak_bytes"] - row["before_bytes"] for row in found["rows"]), default=0)
     told = f"at most {highest / 1e6:.0f} MB beyond the process's own; the bound is {found['bound_bytes'] / 1e6:.0f} MB"
     show(found, as_json, told)
 
