@@ -28,7 +28,7 @@ Arrays = Mapping[str, NDArray[Any]]
 KEY = "assay.checkpoint"  # one metadata key, for safetensors writes several in random order
 DTYPES = ("float32", "float64", "int64", "uint8")  # uint8: the state of a random generator
 NAME = re.compile(r"(\d{6,})\.safetensors")
-LEFTOVER = re.compile(r"\.\d{6,}\.safetensors\.[0-9a-f]+\.tmp")
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 class CheckpointError(ValueError):
@@ -108,7 +108,7 @@ def save(folder: str | Path, step: int, tensors: Arrays, meta: Mapping[str, Any]
     folder = Path(folder)
     path = folder / f"{step:06d}.safetensors"
     write_atomic(path, bytes(save_safetensors(arrays, {KEY: header})))
-    _clean(folder)
+    clean(folder)
     steps = [s for s in _steps(folder) if s <= step]
     for other, file in _steps(folder).items():
         if other not in steps[-keep:]:
@@ -125,7 +125,7 @@ def load_latest(folder: str | Path) -> Checkpoint | None:
     folder = Path(folder)
     if not folder.is_dir():
         return None
-    _clean(folder)
+    clean(folder)
     files = _steps(folder)
     for step, path in reversed(files.items()):
         try:
@@ -172,8 +172,8 @@ def _steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _clean(folder: Path) -> None:
-    """Remove what a kill between write and rename left behind (one run, one writer)."""
+def clean(folder: Path) -> None:
+    """Remove what a kill between write and rename left behind in a folder that nobody else writes to."""
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)

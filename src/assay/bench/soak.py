@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from assay import checkpoint, contribution, ledger, run_dir, spool, wire
-from assay.bench.soak_clients import BASE, NOTICED, RUN, Clients
+from assay.bench.soak_clients import BASE, NOTICED, RUN, Clients, adapter
 from assay.config import AggregationConfig, ConfigError
 from assay.contribution import LoraUpdate, Refusal, Template, flatten
 from assay.engines import journal
@@ -77,8 +77,8 @@ def soak(settings: Settings, directory: Path) -> Iterator[dict[str, Any]]:
     identity = {key: value for key, value in asdict(settings).items() if key != "rounds"}
     with journal.locked(directory):
         journal.claim(directory, {"soak": identity}, {"soak": identity}, "")
+        spool.check_room(directory, settings.clients, flatten(adapter(settings.values)).size)
         clients = Clients.make(settings.clients, settings.values, settings.malicious, settings.seed)
-        spool.check_room(directory, settings.clients, flatten(clients.initial).size)
         defence = Defence(level="soak", screens=tuple(_screens(clients, settings)))
         aggregate = aggregators.from_config(AggregationConfig(name=settings.aggregator), clients.initial)
         state = _start_or_resume(clients, directory)

@@ -23,13 +23,15 @@ from assay.ledger import Ledger
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Two processes in one run directory would interleave rounds."""
+    """Two processes in one run directory would interleave rounds. What a killed one left half written is removed."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"{directory}: another process is working on this run") from None
+        for folder in (directory, *(path for path in directory.iterdir() if path.is_dir())):
+            checkpoint.clean(folder)
         yield
 
 
