@@ -11,11 +11,12 @@ import json
 import os
 import re
 import secrets
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ Arrays = Mapping[str, NDArray[Any]]
 KEY = "assay.checkpoint"  # one metadata key, for safetensors writes several in random order
 DTYPES = ("float32", "float64", "int64", "uint8")  # uint8: the state of a random generator
 NAME = re.compile(r"(\d{6,})\.safetensors")
-LEFTOVER = re.compile(r"\.\d{6,}\.safetensors\.[0-9a-f]+\.tmp")
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 class CheckpointError(ValueError):
@@ -46,13 +47,28 @@ class Checkpoint:
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a file whole or not at all (text as UTF-8); makes the folder. OSError as usual."""
-    path = Path(path)
+    _replace(Path(path), lambda file: file.write(data.encode() if isinstance(data, str) else data))
+
+
+def append_atomic(path: str | Path, text: str) -> None:
+    """Add text to a file, of which a reader sees all or nothing; a copy of the file by way of the disk."""
+
+    def write(file: BinaryIO) -> None:
+        if Path(path).exists():
+            with Path(path).open("rb") as before:
+                shutil.copyfileobj(before, file)
+        file.write(text.encode())
+
+    _replace(Path(path), write)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # same folder, because a rename is atomic only within one file system; not mkstemp, whose files only the owner reads
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temp.open("xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
@@ -92,7 +108,7 @@ def save(folder: str | Path, step: int, tensors: Arrays, meta: Mapping[str, Any]
     folder = Path(folder)
     path = folder / f"{step:06d}.safetensors"
     write_atomic(path, bytes(save_safetensors(arrays, {KEY: header})))
-    _clean(folder)
+    clean(folder)
     steps = [s for s in _steps(folder) if s <= step]
     for other, file in _steps(folder).items():
         if other not in steps[-keep:]:
@@ -109,7 +125,7 @@ def load_latest(folder: str | Path) -> Checkpoint | None:
     folder = Path(folder)
     if not folder.is_dir():
         return None
-    _clean(folder)
+    clean(folder)
     files = _steps(folder)
     for step, path in reversed(files.items()):
         try:
@@ -156,8 +172,8 @@ def _steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _clean(folder: Path) -> None:
-    """Remove what a kill between write and rename left behind (one run, one writer)."""
+def clean(folder: Path) -> None:
+    """Remove what a kill between write and rename left behind in a folder that nobody else writes to."""
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)

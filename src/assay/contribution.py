@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 Tensors = Mapping[str, NDArray[np.float32]]
 BLOCK_VALUES = 2**18
 """Values of one block over all participants: it and its float64 copies stay in the cache of one core."""
+PANEL_VALUES = 2**24
+"""Values read from a disk at once over all participants, 64 MiB: of 1,000 adapters 64 KiB each, in blocks in memory."""
 
 
 def tensors_sha256(tensors: Tensors) -> str:
@@ -114,14 +116,21 @@ class Round:
     def blocks(self, names: tuple[str, ...] | None = None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """`deltas` in blocks of columns: where they stand, and block_NB. A matrix of all updates would be as large as
         they are, its float64 copy twice that."""
-        at, width = 0, max(1, BLOCK_VALUES // max(1, len(self.updates)))
+        count = len(self.updates)
+        at, width = 0, max(1, BLOCK_VALUES // max(1, count))
+        # a 32nd of a small round: a panel of all of it would be the matrix
+        whole = count * sum(value.size for value in self.start.values())
+        wide = width * max(1, min(PANEL_VALUES, whole // 32) // (width * max(1, count)))
         for name in names or tuple(sorted(self.start)):
             start_B = np.asarray(self.start[name], np.float32).ravel()
-            rows = [np.asarray(u.tensors[name], np.float32).ravel() for u in self.updates]
-            for low in range(0, start_B.size if rows else 0, width):
-                here = slice(low, low + width)
-                block_NB = np.stack([row[here] for row in rows]) - start_B[here]
-                yield slice(at + low, at + low + block_NB.shape[1]), block_NB
+            for left in range(0, start_B.size if count else 0, wide):
+                rows = [part(u.tensors, name, left, left + wide) for u in self.updates]
+                for low in range(0, rows[0].size, width):
+                    here, there = slice(low, low + width), slice(left + low, left + low + width)
+                    block_NB = np.stack([row[here] for row in rows])
+                    block_NB -= start_B[there][: block_NB.shape[1]]
+                    yield slice(at + left + low, at + left + low + block_NB.shape[1]), block_NB
+                rows.clear()  # or the next panel is read beside this one
             at += start_B.size
 
 
@@ -224,6 +233,16 @@ class Pool:
 def flatten(tensors: Tensors, names: tuple[str, ...] | None = None) -> NDArray[np.float32]:
     """Concatenate named tensors, sorted by name, into one float32 vector of D values."""
     return np.concatenate([np.asarray(tensors[n], dtype=np.float32).ravel() for n in names or sorted(tensors)])
+
+
+def part(tensors: Tensors, name: str, low: int, high: int) -> NDArray[np.float32]:
+    """Values [low, high) of one tensor, flattened, or as many as there are; from an adapter on a disk (spool.py) no
+    more than these are read."""
+    read = getattr(tensors, "part", None)
+    found: NDArray[np.float32] = (
+        np.asarray(tensors[name], np.float32).ravel()[low:high] if read is None else read(name, low, high)
+    )
+    return found
 
 
 def differences(

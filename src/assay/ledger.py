@@ -59,20 +59,20 @@ class Ledger:
     """A ledger file open for appending; made if it is not there. One writer at a time.
 
     Opening verifies the whole chain (LedgerError names the first broken entry) and drops a torn last line, that is one
-    without a newline, which only a kill in the middle of `append` leaves: its `append` never returned.
+    without a newline, which only a kill in the middle of `append` leaves: its `append` never returned. Entries stay on
+    the disk: an entry of a thousand clients is megabytes, and a run has many.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._entries: list[Entry] = []
-        self._size = 0
+        self._count, self._size, self._head = 0, 0, GENESIS
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
             fsync_folder(self.path.parent)
         try:
             for entry, size in _read(self.path):
-                self._entries.append(entry)
+                self._count, self._head = self._count + 1, str(entry["hash"])
                 self._size += size
         except _Broken as broken:
             if not broken.torn:
@@ -80,17 +80,34 @@ class Ledger:
             os.truncate(self.path, self._size)
 
     @property
+    def count(self) -> int:
+        """How many entries there are."""
+        return self._count
+
+    @property
     def entries(self) -> tuple[Entry, ...]:
-        return tuple(self._entries)
+        """All of them, read again. LedgerError where the file was changed since."""
+        return tuple(self)
 
     @property
     def head(self) -> str:
         """Hash of the last entry: the anchor to keep elsewhere. 64 zeros for an empty ledger."""
-        return str(self._entries[-1]["hash"]) if self._entries else GENESIS
+        return self._head
 
     def last(self, kind: str) -> Entry | None:
         """The newest entry of this kind."""
-        return next((entry for entry in reversed(self._entries) if entry["kind"] == kind), None)
+        found = None
+        for entry in self:
+            found = entry if entry["kind"] == kind else found
+        return found
+
+    def __iter__(self) -> Iterator[Entry]:
+        """One after the other, read again."""
+        try:
+            for entry, _ in _read(self.path):
+                yield entry
+        except _Broken as broken:
+            raise LedgerError(f"{self.path}: entry {broken.index} is broken: {broken}") from None
 
     def append(self, kind: str, body: Mapping[str, Any]) -> Entry:
         """Record one entry; it is on the disk when this returns. LedgerError if `body` is not strict JSON."""
@@ -102,7 +119,7 @@ class Ledger:
             raise LedgerError(f"{kind}: cannot be recorded, it is not strict JSON: {error}") from None
         if not same:
             raise LedgerError(f"{kind}: cannot be recorded: use text keys throughout")
-        entry: Entry = {"index": len(self._entries), "kind": kind, "prev": self.head, "body": plain}
+        entry: Entry = {"index": self._count, "kind": kind, "prev": self.head, "body": plain}
         entry["hash"] = _hash(entry)
         line = _canonical(entry) + b"\n"
         with self.path.open("ab") as file:
@@ -111,7 +128,7 @@ class Ledger:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._entries.append(entry)
+        self._count, self._head = self._count + 1, str(entry["hash"])
         self._size += len(line)
         return entry
 

@@ -45,6 +45,8 @@ def table(found: Mapping[str, Any]) -> str:
         return _hostile(found)
     if found.get("wing") == "swarm-messages":
         return _messages(found)
+    if found.get("wing") == "soak":
+        return _soak(found)
     lines = (_swarm_lines if found.get("wing") == "swarm" else _grid_lines if is_grid(found) else _federated_lines)(
         found["rows"]
     )
@@ -104,6 +106,37 @@ def _messages(found: Mapping[str, Any]) -> str:
         strike = "yes" if row["strike"] else "no"
         lines.append(f"| `{row['name']}` | {row['what']} | {row['assay']} | `{row['reason']}`{mark} | {strike} |")
     lines += ["", f"`{found['command']}` · torch {found['versions']['torch']} · commit {found['commit']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _soak(found: Mapping[str, Any]) -> str:
+    """Rounds of a soak: memory beyond what the process held before it, seconds, bytes on the disk."""
+    settings, rows, machine = found["settings"], found["rows"], found["machine"]
+    noticed = {(row["noticed"]["refused_rightly"], row["noticed"]["malicious"]) for row in rows}
+    right = ", ".join(f"{a} of {b}" for a, b in sorted(noticed))
+    lines = [
+        f"{settings['clients']:,} clients, {settings['values']:,} values each, {len(rows)} of {settings['rounds']} rounds "
+        f"measured; `{settings['aggregator']}` behind {', '.join(f'`{s}`' for s in settings['screens'])}. "
+        f"All updates of a round in memory: {found['in_memory_bytes'] / 1e6:,.0f} MB. Stated bound: "
+        f"{found['bound_bytes'] / 1e6:,.0f} MB. Malicious clients refused for what they did, by round: {right}.",
+        "",
+        "| round | peak memory, MB | of the process, MB | seconds | hear | screens | aggregate | write | spool, MB | run, MB |",
+        "|---" * 10 + "|",
+    ]  # fmt: skip
+    for row in rows:
+        seconds = row["seconds"]
+        spent = (seconds[key] for key in ("total", "hear", "screen", "aggregate", "write"))
+        cells = [
+            str(row["round"]), f"{(row['peak_bytes'] - row['before_bytes']) / 1e6:,.0f}", f"{row['peak_bytes'] / 1e6:,.0f}",
+            *(f"{s:,.0f}" for s in spent), f"{row['spool_bytes'] / 1e6:,.0f}", f"{row['run_bytes'] / 1e6:,.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    counted = ", ".join(sorted({row["counted"] for row in rows}))
+    lines += [
+        "",
+        f"`{found['command']}` · seed {settings['seed']} · memory by {counted} · {machine['cores']} cores of "
+        f"{machine['cpu']}, {machine['memory_gb']} GB · commit {found['commit']} · numpy {found['versions']['numpy']}",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,7 @@ import typer
 
 from assay.cli.common import DataRoot, Json, Set, bar, federated, print_table, run_all, show, write_report
 from assay.config import AnyExperiment, ConfigError
+from assay.spool import SpoolError
 
 bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", no_args_is_help=True)
 Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
@@ -108,6 +109,40 @@ def bench_swarm(
     summaries = run_all(experiments, out)
     found = swarm.results(_command(), experiments, summaries)
     _finish(found, experiments, summaries, out, results, as_json)
+
+
+@bench_app.command("soak")
+def bench_soak(
+    clients: Annotated[int, typer.Option(help="Simulated clients, all of them heard in every round.")] = 1000,
+    rounds: Annotated[int, typer.Option(help="Rounds.")] = 20,
+    values: Annotated[int, typer.Option(help="About so many float32 values in an adapter.")] = 3_400_000,
+    malicious: Annotated[float, typer.Option(help="Share of malicious clients, of five kinds.")] = 0.1,
+    screens: Annotated[
+        str, typer.Option(help="Screens, separated by commas; also `duplicate`, which compares all pairs.")
+    ] = "structure,norm,probe,neighbours",
+    aggregator: Annotated[str, typer.Option(help="Aggregator by name, with its defaults.")] = "mean",
+    seed: Annotated[int, typer.Option(help="Seed of the clients.")] = 0,
+    out: Annotated[Path, typer.Option(help="Run directory; holds a round's adapters while it lasts.")] = Path(
+        "runs/soak"
+    ),
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, seconds and disk of a server with many clients; no model is trained. 13.6 GB of disk at the defaults. Goes on
+    where it stopped."""
+    from assay.bench import soak
+
+    settings = soak.Settings(
+        clients=clients, rounds=rounds, values=values, malicious=malicious, screens=tuple(_words(screens)),
+        aggregator=aggregator, seed=seed,
+    )  # fmt: skip
+    try:
+        found = soak.run(settings, out, results, _command(), lambda text: print(text, file=sys.stderr, flush=True))
+    except SpoolError as error:
+        raise ConfigError(f"--out: {error}") from None
+    highest = max((row["peak_bytes"] - row["before_bytes"] for row in found["rows"]), default=0)
+    told = f"at most {highest / 1e6:.0f} MB beyond the process's own; the bound is {found['bound_bytes'] / 1e6:.0f} MB"
+    show(found, as_json, told)
 
 
 def _only(experiments: list[Any], only: str) -> list[Any]:

@@ -25,13 +25,15 @@ ROUNDS = ("start", "round")
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Two processes in one run directory would interleave rounds."""
+    """Two processes in one run directory would interleave rounds. What a killed one left half written is removed."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"{directory}: another process is working on this run") from None
+        for folder in (directory, *(path for path in directory.iterdir() if path.is_dir())):
+            checkpoint.clean(folder)
         yield
 
 
@@ -80,12 +82,19 @@ def save(
 def publish(directory: Path, index: int, entry: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     """Append what the checkpoint carries, unless it is already there."""
     ledger = Ledger(directory / run_dir.LEDGER)
-    if sum(entry["kind"] in ROUNDS for entry in ledger.entries) <= index:  # the start, then a round each
+    if sum(entry["kind"] in ROUNDS for entry in ledger) <= index:  # the start, then a round each
         ledger.append("start" if index == 0 else "round", dict(entry))
     path = directory / run_dir.METRICS
-    rows = path.read_text().splitlines() if path.exists() else []
-    if len(rows) <= index:
-        checkpoint.write_atomic(path, "\n".join([*rows, json.dumps(row)]) + "\n")
+    if _lines(path) <= index:
+        checkpoint.append_atomic(path, json.dumps(row) + "\n")
+
+
+def _lines(path: Path) -> int:
+    """Counted without holding them: a row of a thousand clients is long, and a run has many."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def close(directory: Path, rounds: int, model: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -93,4 +102,4 @@ def close(directory: Path, rounds: int, model: str, more: Mapping[str, Any] | No
     ledger = Ledger(directory / run_dir.LEDGER)
     if ledger.last("end") is None:
         ledger.append("end", {"model": model, "rounds": rounds, **(more or {})})
-    return {"entries": len(ledger.entries), "head": ledger.head}
+    return {"entries": ledger.count, "head": ledger.head}

@@ -98,12 +98,12 @@ class ClientLevel:
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         new, out = dict(state), []
-        score_N = self.probe.score_adapters([u.tensors for u in round.updates], round.start)
-        for update, score in zip(round.updates, score_N):
+        for update in round.updates:  # one by one, as in screens.ProbeFilter
+            score = float(self.probe.score_adapters([update.tensors], round.start)[0])
             trust = RunningMean.from_json(state[update.participant]) if update.participant in state else RunningMean()
             weight = trust.value
             if self.score_rounds is None or round.index <= self.score_rounds:
-                trust, weight = levels.client_level(trust, float(score), self.threshold)
+                trust, weight = levels.client_level(trust, score, self.threshold)
                 new[update.participant] = trust.to_json()
             sentence = f"probe score {score:.2f}; trust {weight:.2f}"
             out.append(say(update, self.name, weight, Reason.LOW_TRUST, sentence, score))

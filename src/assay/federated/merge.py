@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from assay import spool
 from assay.config import AggregationConfig
 from assay.contribution import Tensors, differences, flatten
 from assay.federated import aggregators
 from assay.federated.aggregators import Aggregator, Memory, ToleranceError, step
 from assay.federated.aggregators.product import Truncation, average_products
+from assay.spool import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,7 @@ def merge(
             updates = [_shortened(u, start, most) for u, most in zip(updates, np.asarray(longest_N), strict=True)]
         adapter, truncation = average_products(updates, weight_N)
         return Merged(flatten(adapter) - flatten(start), memory, aggregate, truncation)
-    delta_ND = differences(updates, start)
-    if longest_N is not None:
-        shorten(delta_ND, longest_N)
+    delta_ND = rows(updates, start, longest_N)
     try:
         return Merged(*step(aggregate, delta_ND, weight_N, names, memory), aggregate)
     except ToleranceError as error:
@@ -71,6 +71,17 @@ def merge(
         raise
 
 
+def rows(updates: Sequence[Tensors], start: Tensors, longest_N: ArrayLike | None = None) -> Matrix:
+    """delta_ND, no row longer than its limit: in memory, or what reads it in panels where the updates are on a disk."""
+    stored = spool.deltas(updates, start)
+    if stored is not None:
+        return stored if longest_N is None else stored.times(_parts(stored, longest_N))
+    delta_ND = differences(updates, start)
+    if longest_N is not None:
+        shorten(delta_ND, longest_N)
+    return delta_ND
+
+
 def shorten(delta_ND: NDArray[np.float32], longest_N: ArrayLike) -> None:
     """Rows longer than their limit are cut to it, in place.
 
@@ -80,10 +91,18 @@ def shorten(delta_ND: NDArray[np.float32], longest_N: ArrayLike) -> None:
     array([[3. , 4. ],
            [1.5, 2. ]], dtype=float32)
     """
+    for row_D, part in zip(delta_ND, _parts(delta_ND, longest_N), strict=True):
+        if part != 1:
+            row_D *= part
+
+
+def _parts(delta_ND: Matrix, longest_N: ArrayLike) -> NDArray[np.float32]:
+    """What is left of each row."""
+    part_N = []
     for row_D, most in zip(delta_ND, np.asarray(longest_N, np.float64), strict=True):
         norm = _length(row_D) if np.isfinite(most) else 0.0
-        if norm > most:
-            row_D *= np.float32(most / norm)
+        part_N.append(most / norm if norm > most else 1.0)
+    return np.array(part_N, np.float32)
 
 
 def _shortened(adapter: Tensors, start: Tensors, longest: float) -> Tensors:

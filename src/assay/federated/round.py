@@ -22,7 +22,7 @@ from assay.federated.aggregators import Aggregator, Memory, ToleranceError
 from assay.federated.aggregators.product import Truncation
 from assay.federated.canary import GateResult
 from assay.federated.defence import Defence
-from assay.federated.merge import claimed_weight, merge, shorten
+from assay.federated.merge import claimed_weight, merge, rows
 from assay.federated.server_opt import OptState, ServerOpt
 from assay.verdict import Screened, State, screen_round
 
@@ -182,9 +182,8 @@ def _controls(
 ) -> scaffold.Controls:
     if rule is None:
         return controls
-    names, delta_ND = [u.participant for u in left.updates], left.deltas()
-    if longest_N is not None:
-        shorten(delta_ND, longest_N)
+    delta_ND = rows([u.tensors for u in left.updates], left.start, longest_N)
+    names = [u.participant for u in left.updates]
     return scaffold.update(controls, names, delta_ND, weight_N, rule, aggregate, absent)
 
 

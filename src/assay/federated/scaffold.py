@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from assay.federated.aggregators import Aggregator
 from assay.federated.local_sft import LocalSettings
+from assay.spool import Matrix
 
 Controls = Mapping[str, NDArray[np.float32]]
 OF = "of/"
@@ -62,7 +63,7 @@ def correction(controls: Controls, client: str) -> NDArray[np.float32] | None:
 def update(
     controls: Controls,
     clients: Sequence[str],
-    delta_ND: NDArray[np.float32],
+    delta_ND: Matrix,
     weight_N: NDArray[np.float64],
     rule: Rule,
     aggregate: Aggregator,

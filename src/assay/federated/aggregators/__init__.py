@@ -41,6 +41,7 @@ from assay.federated.aggregators.neighbours import bulyan, krum, multi_krum
 from assay.federated.aggregators.pre_steps import PRE_STEPS, PreStep, bucketing, chain, nnm
 from assay.federated.aggregators.residual import residual
 from assay.federated.aggregators.spectral import dnc
+from assay.spool import Deltas, Matrix
 
 __all__ = [
     "AGGREGATORS", "EXCEPTIONS", "PRE_STEPS", "Aggregator", "Memory", "PreStep", "Remembering", "ToleranceError",
@@ -163,12 +164,14 @@ def from_config(config: AggregationConfig, adapter: Tensors) -> Aggregator:
 
 
 def _guarded(name: str, function: Callable[..., Any], params: Mapping[str, Any]) -> Aggregator:
-    def aggregate(delta_ND: NDArray[np.float32], weight_N: ArrayLike, /) -> NDArray[np.float32]:
+    def aggregate(delta_ND: Matrix, weight_N: ArrayLike, /) -> NDArray[np.float32]:
         checked_N = checked(delta_ND, weight_N)
         present_N = checked_N > 0
         if not present_N.any():
             return np.zeros(delta_ND.shape[1], np.float32)
-        if not present_N.all():
+        if isinstance(delta_ND, Deltas):  # a foreign rule knows matrices only: its memory is the round's
+            delta_ND, checked_N = delta_ND.matrix(np.flatnonzero(present_N)), checked_N[present_N]
+        elif not present_N.all():
             delta_ND, checked_N = delta_ND[present_N], checked_N[present_N]
         out_D = np.asarray(function(delta_ND, checked_N, **params))
         if out_D.shape != delta_ND.shape[1:] or not np.isfinite(out_D).all():

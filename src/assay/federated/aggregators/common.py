@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from assay.config import ConfigError
+from assay.spool import Deltas, Matrix, panel_width, row, take
 
 # Values of one block over all participants. 2^18 float32 are 1 MiB, their float64 copy and sort order 2 MiB each:
 # this stays in the cache of one core, and with 1,000 participants still reads 1 KiB of each row at a time. Twice or
@@ -26,9 +27,10 @@ T = TypeVar("T")
 
 
 class Aggregator(Protocol):
-    """`delta_ND` float32 (client's adapter minus the round's start), `weight_N` not negative -> float32 `delta_D`."""
+    """`delta_ND` float32 (client's adapter minus the round's start; a matrix, or `spool.Deltas` of adapters that lie on
+    a disk), `weight_N` not negative -> float32 `delta_D`."""
 
-    def __call__(self, delta_ND: NDArray[np.float32], weight_N: ArrayLike, /) -> NDArray[np.float32]: ...
+    def __call__(self, delta_ND: Matrix, weight_N: ArrayLike, /) -> NDArray[np.float32]: ...
 
 
 class ToleranceError(ValueError):
@@ -43,7 +45,7 @@ class Present:
     that mixing costs no second matrix.
     """
 
-    delta_ND: NDArray[np.float32]
+    delta_ND: Matrix
     row_N: NDArray[np.intp]
     weight_N: NDArray[np.float64]
     mix_MN: NDArray[np.float64] | None = None
@@ -64,19 +66,23 @@ class Present:
         """Column slices of [start, stop) and copies of the present rows there; `share` times smaller on request."""
         stop = self.width if stop is None else stop
         step = max(1, BLOCK_VALUES // (max(self.n, len(self.row_N)) * share))
-        for at in range(start, stop, step):
-            columns = slice(at, min(at + step, stop))
-            yield columns, self.read(columns)
+        wide = panel_width(self.delta_ND, len(self.row_N), step)
+        for left in range(start, stop, wide):
+            panel_NP = take(self.delta_ND, self.row_N, slice(left, min(left + wide, stop)))
+            for at in range(left, min(left + wide, stop), step):
+                columns = slice(at, min(at + step, stop))
+                here = slice(at - left, columns.stop - left)
+                yield columns, self._made(panel_NP if wide == step else panel_NP[:, here].copy())
+            del panel_NP  # or the next panel is read beside this one
 
-    def read(self, columns: slice | NDArray[np.intp]) -> Block:
-        """A copy of the present rows at these columns. ValueError for NaN or infinity."""
-        block_NB = self.delta_ND[self.row_N, columns] if isinstance(columns, slice) else self._at(columns)
+    def read(self, columns: NDArray[np.intp]) -> Block:
+        """A copy of the present rows at single columns. ValueError for NaN or infinity."""
+        return self._made(take(self.delta_ND, self.row_N, columns))
+
+    def _made(self, block_NB: Block) -> Block:
         if not np.isfinite(block_NB).all():
             raise ValueError("delta_ND has NaN or infinity in a row of weight above 0; the wire must refuse it")
         return block_NB if self.mix_MN is None else (self.mix_MN @ block_NB).astype(np.float32)
-
-    def _at(self, columns: NDArray[np.intp]) -> Block:
-        return self.delta_ND[np.ix_(self.row_N, columns)]
 
     def only(self, index_M: Sequence[int] | NDArray[np.intp]) -> Present:
         """Some of the rows, weights relative to the largest of them."""
@@ -103,7 +109,7 @@ class Ruled:
 
     rule: Rule
 
-    def __call__(self, delta_ND: NDArray[np.float32], weight_N: ArrayLike, /) -> NDArray[np.float32]:
+    def __call__(self, delta_ND: Matrix, weight_N: ArrayLike, /) -> NDArray[np.float32]:
         checked_N = checked(delta_ND, weight_N)
         row_N = _by_content(delta_ND, checked_N, np.flatnonzero(checked_N))
         if not row_N.size:
@@ -123,7 +129,7 @@ class Remembering:
         return {}
 
     def aggregate(
-        self, delta_ND: NDArray[np.float32], weight_N: ArrayLike, names: Sequence[str], memory: Memory
+        self, delta_ND: Matrix, weight_N: ArrayLike, names: Sequence[str], memory: Memory
     ) -> tuple[NDArray[np.float32], Memory]:
         """`names`: who sent each row, all different. Those of weight 0 are neither seen nor remembered."""
         checked_N = checked(delta_ND, weight_N)
@@ -136,13 +142,13 @@ class Remembering:
         out_D, memory = self.rule(rows, [names[row] for row in row_N], memory)
         return _plain(out_D), memory
 
-    def __call__(self, delta_ND: NDArray[np.float32], weight_N: ArrayLike, /) -> NDArray[np.float32]:
+    def __call__(self, delta_ND: Matrix, weight_N: ArrayLike, /) -> NDArray[np.float32]:
         checked_N = checked(delta_ND, weight_N)
         return self.aggregate(delta_ND, checked_N, [str(row) for row in range(len(checked_N))], self.init())[0]
 
 
 def step(
-    aggregate: Aggregator, delta_ND: NDArray[np.float32], weight_N: ArrayLike, names: Sequence[str], memory: Memory
+    aggregate: Aggregator, delta_ND: Matrix, weight_N: ArrayLike, names: Sequence[str], memory: Memory
 ) -> tuple[NDArray[np.float32], Memory]:
     """One round of any aggregator: a stateless one leaves `memory` as it is."""
     if isinstance(aggregate, Remembering):
@@ -169,8 +175,8 @@ def _plain(out_D: NDArray[np.float32]) -> NDArray[np.float32]:
     return out_D
 
 
-def checked(delta_ND: NDArray[np.float32], weight_N: ArrayLike) -> NDArray[np.float64]:
-    if not isinstance(delta_ND, np.ndarray) or delta_ND.ndim != 2 or delta_ND.dtype != np.float32:
+def checked(delta_ND: Matrix, weight_N: ArrayLike) -> NDArray[np.float64]:
+    if not isinstance(delta_ND, np.ndarray | Deltas) or delta_ND.ndim != 2 or delta_ND.dtype != np.float32:
         got = f"{getattr(delta_ND, 'dtype', type(delta_ND).__name__)} of shape {np.shape(delta_ND)}"
         raise ValueError(f"delta_ND must be a float32 matrix, one row a participant; got {got}")
     checked_N = np.asarray(weight_N, np.float64)
@@ -183,14 +189,14 @@ def checked(delta_ND: NDArray[np.float32], weight_N: ArrayLike) -> NDArray[np.fl
 
 
 def _by_content(
-    delta_ND: NDArray[np.float32], weight_N: NDArray[np.float64], row_N: NDArray[np.intp], names: Sequence[str] = ()
+    delta_ND: Matrix, weight_N: NDArray[np.float64], row_N: NDArray[np.intp], names: Sequence[str] = ()
 ) -> NDArray[np.intp]:
     """Rows sorted as tuples of numbers would be, then by weight and name: float sums are then the same in whatever order they
     came, without hashing every row. Two rows nearly always differ within their first values, so this reads little."""
 
     def compare(a: np.intp, b: np.intp) -> int:
         for at in range(0, delta_ND.shape[1], 4096):
-            a_B, b_B = delta_ND[a, at : at + 4096], delta_ND[b, at : at + 4096]
+            a_B, b_B = (row(delta_ND, int(one), at, at + 4096) for one in (a, b))
             differs_B = a_B != b_B
             if differs_B.any():
                 first = int(np.argmax(differs_B))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from assay.config import ConfigError
 from assay.federated.aggregators.common import Block, Present, check_count
+from assay.spool import row
 
 # Weights are sums of floats: 0.1 + 0.2 must meet 0.3. Far below any weight that means something.
 MASS_SLACK = 1e-12
@@ -162,6 +163,6 @@ def content_seed(rows: Present, seed: int) -> np.random.Generator:
     """A generator of the operator's seed and of what all present rows hold in their first values: the same for the
     same round in any order, and nobody knows it before he has seen everybody else's update."""
     digest = hashlib.sha256(str(seed).encode())
-    for row in rows.row_N:
-        digest.update((rows.delta_ND[row, :1024] + np.float32(0)).tobytes())
+    for index in rows.row_N:
+        digest.update((row(rows.delta_ND, int(index), 0, 1024) + np.float32(0)).tobytes())
     return np.random.default_rng(int.from_bytes(digest.digest(), "big"))
