@@ -145,6 +145,18 @@ def test_a_rule_makes_the_same_of_adapters_on_a_disk(name: str, pre: tuple[str, 
     assert_same(play(sent(), guards, made()), play(here, guards, made()))
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["mean", "median", "krum"])
+def test_rows_cut_to_a_length_are_cut_the_same_on_a_disk(name: str, held: Spool) -> None:
+    made = (screens.Norm(None, acts="length"),)
+    here, there, uncut = (
+        play(updates, judges, aggregators.make(name, **PARAMS.get(name, {})))
+        for updates, judges in ((sent(), made), ([held.keep(u) for u in sent()], made), (sent(), ()))
+    )
+    assert_same(here, there)
+    assert name == "krum" or tensors_sha256(here[0].adapter) != tensors_sha256(uncut[0].adapter), "something was cut"
+
+
 def test_every_rule_and_pre_step_is_among_those_compared() -> None:
     assert set(PARAMS) <= set(AGGREGATORS)
     assert set(PRE_STEPS) == {"nnm", "bucketing"}

@@ -158,8 +158,8 @@ class Deltas:
 
     def times(self, part_N: NDArray[np.float32]) -> Deltas:
         """The same with every row multiplied by its part."""
-        out = Deltas(self._adapters, {}, part_N)
-        out._start_D = self._start_D
+        out = object.__new__(Deltas)
+        out._adapters, out._start_D, out._part_N = self._adapters, self._start_D, part_N
         return out
 
     @property

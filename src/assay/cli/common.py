@@ -111,19 +111,24 @@ def run_all(
 def on_flower(
     experiments: Sequence[AnyExperiment], out: Path, where: Mapping[str, Path] | None = None, given: str = ""
 ) -> dict[str, dict[str, Any]]:
-    """`run_all` on Flower's simulation, for federated experiments."""
-    from assay.engines import local
-    from assay.engines.flower import simulation
+    """`run_all` on Flower's simulation, one run after the other."""
+    from assay.bench.second_model import second_model
+    from assay.engines import local, local_swarm
+    from assay.engines.flower import simulation, swarm_run
 
     summaries = {}
+    command = shlex.join(["assay", *sys.argv[1:]])
     with bar() as tracker:
         for e in experiments:
-            if not isinstance(e, Experiment):
-                raise ConfigError(f"{e.name}: --engine flower is for the federated wing; this is a {e.wing} experiment")
-            tracker.add(local.units(e))
-            command = shlex.join(["assay", *sys.argv[1:]])
             folder = (where or {}).get(e.name, out / e.name)
-            summaries[e.name] = simulation.run(e, folder, given=given, command=command, tracker=tracker)
+            if isinstance(e, Experiment):
+                tracker.add(local.units(e))
+                summaries[e.name] = simulation.run(e, folder, given=given, command=command, tracker=tracker)
+                continue
+            if "tiny-b" in e.model.others:
+                second_model(tracker)
+            tracker.add(local_swarm.units(e))
+            summaries[e.name] = swarm_run.run_swarm(e, folder, tracker, given=given, command=command)
     return summaries
 
 
