@@ -40,26 +40,27 @@ def peaks(settings: soak.Settings, directory: Path) -> list[int]:
 
 @pytest.mark.usefixtures("counted")
 def test_memory_grows_neither_with_rounds_nor_with_clients_beyond_the_bound(tmp_path: Path) -> None:
-    few, many = (soak.Settings(clients=n, rounds=r, values=10_000, malicious=0.25) for n, r in ((16, 7), (64, 3)))
+    few, many = (soak.Settings(clients=n, rounds=r, values=4_000, malicious=0.25) for n, r in ((12, 6), (48, 2)))
     values = flatten(adapter(few.values)).size
     peaks(soak.Settings(clients=8, rounds=1, values=1_000), tmp_path / "warm")  # imports and caches are nobody's memory
     some, more = peaks(few, tmp_path / "some"), peaks(many, tmp_path / "more")
     # from the third round on there is everything a round leaves behind: a model, an older one, verdicts, a checkpoint
-    assert max(some[3:]) <= 1.02 * some[2], some
-    assert max(some) <= soak.bound(16, values)
-    assert max(more) <= soak.bound(64, values)
+    # (Python keeps freed tuples and floats for the next ones: tens of kilobytes in the end, whatever the run)
+    assert max(some[3:]) <= some[2] + 40_000, some
+    assert max(some) <= soak.bound(12, values)
+    assert max(more) <= soak.bound(48, values)
     # verdicts and ledger lines, whatever an adapter weighs: one of 3.4M values has 13.6 MB
-    assert max(more) - max(some) <= 48 * 32_000
+    assert max(more) - max(some) <= 36 * 32_000
 
 
 @pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("aggregator", ["median", "geometric_median"])
 def test_the_bound_holds_for_rules_that_compare_pairs(aggregator: str, tmp_path: Path) -> None:
     settings = soak.Settings(
-        clients=24, rounds=1, values=10_000, aggregator=aggregator, screens=("structure", "norm", "duplicate")
+        clients=24, rounds=1, values=4_000, aggregator=aggregator, screens=("structure", "norm", "duplicate")
     )
     peaks(soak.Settings(clients=8, rounds=1, values=1_000, aggregator=aggregator), tmp_path / "warm")
-    assert max(peaks(settings, tmp_path / "run")) <= soak.bound(24, 10_000)
+    assert max(peaks(settings, tmp_path / "run")) <= soak.bound(24, 4_000)
 
 
 def test_every_kind_of_malicious_client_is_refused_for_what_it_did(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_soak_goes_on_where_it_stopped_and_ends_the_same(tmp_path: Path) -> No
     assert ends[0].read_bytes() == ends[1].read_bytes()
     assert ledger.verify(ends[1]).entries == 6
     assert len(whole["rows"]) == 4
-    assert json.loads(path.read_text()) == told
+    assert json.loads(path.read_text()) == json.loads(json.dumps(told))
     with pytest.raises(ConfigError, match="holds another experiment"):
         soak.run(soak.Settings(clients=25, rounds=4, values=4_000), tmp_path / "broken", None, "x", print)
     table = tables.table(told)

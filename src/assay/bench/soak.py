@@ -238,6 +238,7 @@ def run(
 ) -> dict[str, Any]:
     """The whole soak, or what is left of it; `path` is written after every round. ValueError where the ledger does not
     verify at its end. A round that ended with its process has no row: it was counted and not measured."""
+    run_dir.commit()  # of what is run, whatever is committed meanwhile
     before, rows = Peak().bytes(), _measured(directory)
     for row in soak(settings, directory):
         rows.append({**row, "before_bytes": before})
