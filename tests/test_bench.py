@@ -217,8 +217,8 @@ def test_tables_in_the_docs_agree_with_the_results(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.name)
 def test_results_say_how_they_were_made(path: Path) -> None:
     found = json.loads(path.read_text())
-    if found.get("wing") in ("flower", "swarm-messages"):  # no model is trained: its rows are tested with the corpus
-        assert found["command"].startswith("python -m assay.bench.")
+    if found.get("wing") in ("flower", "swarm-messages", "soak"):  # no model is trained: their rows have tests of their own
+        assert found["command"].startswith(("python -m assay.bench.", "assay bench "))
         assert re.fullmatch(r"[0-9a-f]{12}", found["commit"])
         return
     assert found["command"].startswith("assay bench")
@@ -228,7 +228,10 @@ def test_results_say_how_they_were_made(path: Path) -> None:
         assert found["experiment"]["model"]["name"] == found["model"]["name"], "the setting the rows were made in"
     columns = tables.SWARM_COLUMNS if found.get("wing") == "swarm" else tables.COLUMNS
     for r in found["rows"]:
-        assert {"attack", "defence", "share", "seed", *columns.values()} <= set(r)
+        asked = {"attack", "defence", "share", "seed", *columns.values()}
+        if r["defence"].endswith("+ excised"):  # nobody is judged again
+            asked -= {"auroc", "tpr_at_1pct_fpr", "honest_weight_mean", "malicious_weight_mean"}
+        assert asked <= set(r)
     name = found["model"]["name"] if found.get("wing") == "swarm" else found["experiment"]["model"]["name"]
     assert "/" not in name
 

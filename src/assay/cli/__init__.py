@@ -125,7 +125,9 @@ def run(
     settings: Set = None,
     engine: Annotated[
         Engine,
-        typer.Option(help="local: worker processes. flower: Flower's simulation, a node for each client or peer; same result."),
+        typer.Option(
+            help="local: worker processes. flower: Flower's simulation, a node for each client or peer; same result."
+        ),
     ] = Engine.LOCAL,
     as_json: Json = False,
 ) -> None:

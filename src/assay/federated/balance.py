@@ -79,8 +79,9 @@ class Spread:
 class Balance:
     """Screen: weight 0 for an update whose share in lora_A, overall or in a module, is outside the rehearsed range.
 
-    Bounds, with the norm, how far one client moves lora_A in a round; says
-    nothing of where to: an attacker who keeps to honest shares passes. On `tiny`, half malicious, `only_a` left the honest
+    Bounds, with the norm, how far one client moves lora_A in a round; says nothing of where to: an attacker who keeps to
+    honest shares passes. Where clients train with sgd the level's floor is 1, which refuses nobody: there gradients'
+    sizes set the share, and rehearsed ones say little of live ones. On `tiny`, half malicious, `only_a` left the honest
     .47 of their weight without this screen and .97 with it, `only_a+match_norms` .74 (with `probe_a` as well: .90).
     """
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from assay.config import ConfigError, Experiment
 from assay.federated import published, screens
+from assay.federated.balance import FLOOR
 from assay.federated.canary import Canary, Gate, Measure
 from assay.federated.claims import Ordered
 from assay.federated.probe import Probe
@@ -251,7 +252,9 @@ def _balance(experiment: Experiment, material: Material, given: Mapping[str, Any
     rehearsal, _ = material.rehearsal()
     if rehearsal.spread is None:
         raise ConfigError("screen balance: the rehearsal at hand is older than this screen; rehearse again")
-    return Parts({"spread": rehearsal.spread}, {})
+    # AdamW moves every coordinate about equally far, whatever the rows; of sgd the gradients' sizes decide, and the
+    # warm-up has learnt the server's rows by heart: what is rehearsed says nothing of a live client's share
+    return Parts({"spread": rehearsal.spread}, {"floor": 1.0 if experiment.training.optimizer == "sgd" else FLOOR})
 
 
 def _canary(experiment: Experiment, material: Material, given: Mapping[str, Any]) -> Parts:
