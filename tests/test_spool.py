@@ -261,7 +261,12 @@ def peak_of(call: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-RULES = [(name, ()) for name in AGGREGATORS] + [("median", ("nnm",)), ("mean", ("bucketing",)), ("krum", ("nnm",))]
+SLOW = {"residual": pytest.mark.slow}  # small blocks, and four passes over pairs
+RULES = [pytest.param(name, (), marks=SLOW.get(name, ())) for name in AGGREGATORS] + [
+    ("median", ("nnm",)),
+    ("mean", ("bucketing",)),
+    ("krum", ("nnm",)),
+]
 
 
 @pytest.mark.parametrize(("name", "pre"), RULES, ids=lambda x: "-".join(x) if isinstance(x, tuple) else x)
