@@ -225,6 +225,13 @@ def test_results_say_how_they_were_made(path: Path) -> None:
         assert found["command"].startswith(("python -m assay.bench.", "assay bench "))
         assert re.fullmatch(r"[0-9a-f]{12}", found["commit"])
         return
+    if found.get("wing") == "soak":  # nor here; every round within the bound, every malicious client refused
+        assert found["command"].startswith("assay bench soak")
+        assert re.fullmatch(r"[0-9a-f]{12}", found["commit"])
+        for r in found["rows"]:
+            assert r["peak_bytes"] - r["before_bytes"] <= found["bound_bytes"]
+            assert r["noticed"]["refused_rightly"] == r["noticed"]["malicious"] > 0
+        return
     assert found["command"].startswith("assay bench")
     assert all(re.fullmatch(r"[0-9a-f]{12}", one) for one in found["commit"].split(", "))
     assert {"torch", "transformers", "peft", "assay"} <= set(found["versions"])
