@@ -222,14 +222,19 @@ def test_unknown_attacks_and_parameters_stop_a_run_before_it_trains(
     assert not (tmp_path / "x" / run_dir.RESOLVED).exists(), "nor does it claim the directory"
 
 
+@pytest.fixture(scope="module")
+def frozen(small: Experiment, prepared: Prepared) -> Iterator[Pool]:
+    with Pool(str(prepared.path), prepared.dtype, small.changed(lora__freeze_a=True).lora, 1) as made:
+        yield made
+
+
 @pytest.mark.parametrize("attack", ["only_a", "harmful_data+gaussian", "scaling"])
 def test_where_lora_a_is_frozen_nobody_moves_it(
-    tmp_path: Path, small: Experiment, prepared: Prepared, attack: str
+    tmp_path: Path, small: Experiment, prepared: Prepared, frozen: Pool, attack: str
 ) -> None:
     """Attackers know the rule and keep to it; what the run ships has the A it began with."""
     changed = small.changed(name="frozen", lora__freeze_a=True, attack__name=attack)
-    with Pool(str(prepared.path), prepared.dtype, changed.lora, 1) as frozen:
-        summary, start = local.run(changed, tmp_path / "frozen", prepared, frozen), frozen.initial()
+    summary, start = local.run(changed, tmp_path / "frozen", prepared, frozen), frozen.initial()
     assert summary["metrics"]["honest_weight_mean"] == summary["metrics"]["malicious_weight_mean"] == 1
     shipped = load_file(tmp_path / "frozen" / run_dir.ADAPTER / "adapter_model.safetensors")
     for name, value in start.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from assay import config, ledger
+from assay import cli, config, ledger
 from assay.checkpoint import write_json
 from assay.swarm import defence
 
@@ -58,17 +58,29 @@ def assay(*arguments: str, cwd: Path | None = None, **environment: str) -> subpr
         (["run"], "Missing argument"),
     ],
 )
-def test_mistakes_end_with_exit_code_2_and_say_what_to_do(arguments: list[str], says: str, tmp_path: Path) -> None:
+def test_mistakes_end_with_exit_code_2_and_say_what_to_do(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which spares each case the import of torch; a process of its own is tested below."""
     (tmp_path / "bad.toml").write_text("[training]\nround = 3\n")
     (tmp_path / "good.toml").write_text("[training]\nrounds = 1\n")
     (tmp_path / "swarm.toml").write_text('wing = "swarm"\n')
     (tmp_path / "nowing.toml").write_text('wing = "nope"\n')
-    done = assay(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-    if done.stderr.startswith("assay:"):
-        assert done.stderr.count("\n") == 1, "our own errors are one line"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["assay", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert says in said.err
+    if said.err.startswith("assay:"):
+        assert said.err.count("\n") == 1, "our own errors are one line"
+
+
+def test_a_mistake_ends_the_process_with_code_2_and_one_line(tmp_path: Path) -> None:
+    done = assay("run", "absent.toml", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "assay: absent.toml: no such file; give the path of an experiment in TOML\n"
 
 
 def test_version_and_help() -> None:
@@ -111,7 +123,7 @@ def test_run_report_and_probe_on_tiny(tmp_path: Path) -> None:
     """From a TOML file to a report, a probe, and the probe's quality; stdout holds one JSON value each time."""
     file = tmp_path / "t.toml"
     file.write_text(
-        '[model]\nname = "tiny"\ndtype = "float32"\n[clients]\ntotal = 4\nexamples = 24\n[training]\nrounds = 1\n'
+        'workers = 1\n[model]\nname = "tiny"\ndtype = "float32"\n[clients]\ntotal = 4\nexamples = 24\n[training]\nrounds = 1\n'
         "lr = 3e-3\n[defence]\nlevel = 'client'\nprobe = 'p.safetensors'\n"
         "[evaluate]\nharmful_prompts = 4\nbenign_prompts = 4\nbenign_rows = 4\n"
     )

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from assay.engines import journal, local
 from assay.engines.pool import Pool
 from assay.federated.preparation import Prepared
 from assay.federated.probe import Probe
+from assay.progress import Silent
 from assay.report import write
 
 # tiny's updates are noisy: its canary needs wider limits than the default model's
@@ -253,7 +253,7 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_end(
     file = tmp_path / "small.toml"
     file.write_text(TOML)
     out, rng, kills = tmp_path / "out", random.Random(0), 0
-    while kills < 4:
+    while kills < 2:
         process = assay("run", str(file), "--out", str(out), "--json")
         time.sleep(rng.uniform(4.0, 9.0))
         if process.poll() is not None:
@@ -272,42 +272,29 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_end(
     assert (out / "report.html").exists()
 
 
-def test_killed_between_rounds_what_an_aggregator_remembers_is_resumed(
+class Ends(Silent):
+    """A tracker that ends the run as its second round begins; what SIGKILL leaves is tested above and in test_killed."""
+
+    def say(self, text: str) -> None:
+        if "round 2/" in text:
+            raise KeyboardInterrupt
+
+
+def test_ended_between_rounds_what_an_aggregator_remembers_is_resumed(
     tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
 ) -> None:
-    """FoolsGold's histories live in the checkpoint: SIGKILL after round 1, and the end is the unbroken run's."""
-    toml = (
-        TOML
-        + """
-[aggregation]
-name = "foolsgold"
-[defence]
-level = "none"
-"""
-    )
-    toml = toml.replace("[defence.rehearsal]", "[defence.rehearsal]").replace(
-        "rounds = 3", "rounds = 3\nschedule = 'constant'"
-    )
-    experiment = parse(tomllib.loads(toml))
-    unbroken, killed, file = tmp_path / "unbroken", tmp_path / "killed", tmp_path / "small.toml"
-    local.run(experiment, unbroken, prepared, pool)
-    file.write_text(toml)
-    process = assay("run", str(file), "--out", str(killed), "--json")
-    deadline = time.monotonic() + 240
-    while not (killed / run_dir.CHECKPOINTS / "000001.safetensors").exists():
-        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    found = checkpoint.load_latest(killed / run_dir.CHECKPOINTS)
+    """FoolsGold's histories live in the checkpoint: ended after round 1, and the end is the unbroken run's."""
+    changed = small.changed(name="foolsgold", aggregation__name="foolsgold", defence__level="none", evaluate__every=3)
+    unbroken, out = tmp_path / "unbroken", tmp_path / "out"
+    local.run(changed, unbroken, prepared, pool)
+    with pytest.raises(KeyboardInterrupt):
+        local.run(changed, out, prepared, pool, tracker=Ends())
+    found = checkpoint.load_latest(out / run_dir.CHECKPOINTS)
     assert found is not None
-    assert found.step < 3, "the run was over before it could be killed"
+    assert found.step == 1
     assert {n for n in found.tensors if n.startswith("aggregator/history/")}
-    process = assay("run", str(file), "--out", str(killed), "--json")
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr.decode()[-2000:]
-    assert (killed / run_dir.LEDGER).read_bytes() == (unbroken / run_dir.LEDGER).read_bytes()
+    local.run(changed, out, prepared, pool)
+    assert (out / run_dir.LEDGER).read_bytes() == (unbroken / run_dir.LEDGER).read_bytes()
 
 
 SCAFFOLD = {
@@ -318,29 +305,18 @@ SCAFFOLD = {
 
 
 def test_a_scaffold_run_resumes_with_its_control_variates(
-    tmp_path: Path, small: Experiment, cache: Path, prepared: Prepared, pool: Pool
+    tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
 ) -> None:
-    """Killed after its first round; control variates and the optimiser's memory must come out of the checkpoint."""
-    changed = small.changed(**SCAFFOLD)
+    """Ended after its first round; control variates and the optimiser's memory must come out of the checkpoint."""
+    changed, out = small.changed(**SCAFFOLD), tmp_path / "out"
     local.run(changed, tmp_path / "whole", prepared, pool)
-    file, out = tmp_path / "scaffold.toml", tmp_path / "out"
-    file.write_text(TOML)
-    settings = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in SCAFFOLD.items()]
-    command = ["run", str(file), "--out", str(out), "--json", *(part for s in settings for part in ("--set", s))]
-    process, until = assay(*command), time.monotonic() + 240
-    while not (out / run_dir.CHECKPOINTS / "000001.safetensors").exists():
-        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert run_dir.read_summary(out) is None, "the run was over before it could be killed"
+    with pytest.raises(KeyboardInterrupt):
+        local.run(changed, out, prepared, pool, tracker=Ends())
+    assert run_dir.read_summary(out) is None
     left = checkpoint.load_latest(out / run_dir.CHECKPOINTS)
     assert left is not None
     assert sum(key.startswith("control/of/") for key in left.tensors) == 4
-    process = assay(*command)
-    stderr = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, stderr.decode()[-2000:]
+    local.run(changed, out, prepared, pool)
     assert (out / run_dir.LEDGER).read_bytes() == (tmp_path / "whole" / run_dir.LEDGER).read_bytes()
     ends = [checkpoint.load_latest(d / run_dir.CHECKPOINTS) for d in (out, tmp_path / "whole")]
     assert ends[0] is not None
