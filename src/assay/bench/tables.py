@@ -151,7 +151,8 @@ def _grid_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     shares = sorted({r["share"] for r in attacked if r["share"]})
     triggers = any(r.get("trigger_compliance") is not None for r in attacked)
     metrics = ["trigger_compliance", "refusal_rate"] if triggers else ["refusal_rate"]
-    columns = {k: COLUMNS[k] for k in ("AUROC", "TPR at 1% FPR", "weight honest", "weight malicious")}
+    judged = {k: COLUMNS[k] for k in ("AUROC", "TPR at 1% FPR", "weight honest", "weight malicious")}
+    columns = {"benign loss": COLUMNS["benign loss"], **judged}
     heads = [f"{m.replace('_', ' ').removesuffix(' rate')}, {s:.0%}" for m in metrics for s in shares]
     lines = []
     for level, some in _by(rows, "defence").items():
@@ -160,12 +161,15 @@ def _grid_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if level != "none":
                 told += f", weight {_cell([r['honest_weight_mean'] for r in alone], 2)}"
             lines += [f"Honest clients only{'' if level == 'none' else f' under `{level}`'}: {told}.", ""]
-    lines += ["| attack | level | " + " | ".join([*heads, *columns]) + " |", "|---" * (len(heads) + 6) + "|"]
+    lines += [
+        "| attack | level | " + " | ".join([*heads, *columns]) + " |",
+        "|---" * (len(heads) + 2 + len(columns)) + "|",
+    ]
     for level in sorted(_by(attacked, "defence"), key=lambda level: level != "none"):
         for attack, some in _by([r for r in attacked if r["defence"] == level], "attack").items():
             cells = [_cell([r.get(m) for r in some if r["share"] == s], 2) for m in metrics for s in shares]
-            known = columns if level != "none" and "auroc" in some[0] else {}  # where nobody looks nothing is judged
-            rest = [_cell([r.get(columns[k]) for r in some], 2) if k in known else "–" for k in columns]
+            seen = level != "none" and "auroc" in some[0]  # where nobody looks nothing is judged
+            rest = ["–" if k in judged and not seen else _cell([r.get(columns[k]) for r in some], 2) for k in columns]
             name = "–" if attack == "honest_alone" else "undefended" if level == "none" else f"`{level}`"
             lines.append("| " + " | ".join([f"`{attack}`", name, *cells, *rest]) + " |")
     return lines

@@ -29,7 +29,7 @@ def bench_federated(
     preset: Annotated[
         str,
         typer.Option(
-            help="small, real, backdoors, levels, aggregators or full: a grid of attacks, shares and levels with its seeds."
+            help="small, real, backdoors, levels, factors, aggregators or full: a grid of attacks, shares and levels."
         ),
     ] = "",
     levels: Annotated[
