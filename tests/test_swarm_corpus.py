@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from assay.bench.swarm_corpus import HOSTILE, Theatre
+from assay.bench.swarm_corpus import HOSTILE, Theatre, experiment
 from assay.bench.swarm_hostile import CORPUS, DRAWN, IDENTITY
 from assay.bench.swarm_messages import Hostile, honest
+from assay.bench.swarm_plain import Plain
 
 RESULTS = Path(__file__).parents[1] / "results" / "swarm-corpus.json"
 READ = [case for case in CORPUS if case not in DRAWN]
@@ -38,6 +39,17 @@ def test_what_is_wrong_with_the_completions_is_refused_by_the_screens(theatre: T
     seen = theatre.judge(case)
     assert (seen.outcome, seen.reason) == ("survived", case.reason), seen
     assert seen.strike
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_node_without_checks_crashes_or_learns(theatre: Theatre) -> None:
+    """The contrast tells the corpus apart from noise: what is refused here does something where nobody looks."""
+    plain = Plain(experiment(), theatre.hear({}).gathered(theatre.rules).completions)
+    cases = {case.name: case for case in CORPUS}
+    assert plain.judge(cases["garbage"], theatre.stage)[0] == "crashed"
+    assert plain.judge(cases["signature-zero"], theatre.stage) == ("learnt, unaltered", "")
+    assert plain.judge(cases["token-edited"], theatre.stage) == ("learnt", "")
+    assert plain.judge(cases["entries-none"], theatre.stage) == ("nothing in it", "")
 
 
 def test_an_honest_message_is_learnt_from(theatre: Theatre) -> None:

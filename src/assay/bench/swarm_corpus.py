@@ -6,7 +6,7 @@ as if the relay had let everything through. Measured for each:
   survived   nothing raised; every honest completion is learnt from; the weights after the round are those of the same
              round without the fourth node (closer than 1e-5; exactly, where the message never got to the screens)
   harmed     anything else
-and the reason the node gives for the hostile message.
+and the reason the node gives for the hostile message. Beside it what a node without checks makes of it (`swarm_plain`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from assay import checkpoint, run_dir
 from assay.bench.swarm_hostile import CORPUS
 from assay.bench.swarm_messages import Hostile, Stage
+from assay.bench.swarm_plain import Plain
 from assay.config import SwarmExperiment
 from assay.engines.swarm_world import answer, build, model_sha256, plan_of
 from assay.progress import Silent
@@ -139,14 +140,17 @@ def _reason(learnt: Learnt) -> tuple[str, str]:
 
 
 def measure(corpus: Sequence[Hostile] = CORPUS) -> list[dict[str, Any]]:
-    """A row per message: what it is, what became of the round, why it was refused, whether it cost its node a strike."""
+    """A row per message: what it is, what became of the round, why it was refused, whether it cost its node a strike, and
+    what a node without checks does with it."""
     theatre, out = Theatre(), []
+    plain = Plain(experiment(), theatre.hear({}).gathered(theatre.rules).completions)
     for case in corpus:
-        seen = theatre.judge(case)
+        seen, (became, error) = theatre.judge(case), plain.judge(case, theatre.stage)
         out.append(
             {
                 "name": case.name, "what": case.what, "expected": case.reason, "assay": seen.outcome,
                 "reason": seen.reason, "sentence": seen.sentence, "weights": seen.weights, "strike": seen.strike,
+                "plain": became, "plain_error": error,
             }
         )  # fmt: skip
     return out

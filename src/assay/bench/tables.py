@@ -94,17 +94,23 @@ def _hostile(found: Mapping[str, Any]) -> str:
 def _messages(found: Mapping[str, Any]) -> str:
     """Hostile messages in a swarm's pool: what became of the round, why the message was refused, what it cost its node."""
     rows = found["rows"]
-    told = ", ".join(f"{len(some)} {what}" for what, some in sorted(_by(rows, "assay").items()))
+    told = (
+        f"{who} " + ", ".join(f"{len(some)} {what}" for what, some in sorted(_by(rows, key).items()))
+        for who, key in (("A node without checks:", "plain"), ("Assay:", "assay"))
+    )
     lines = [
-        f"{len(rows)} messages: {told}.",
+        f"{len(rows)} messages. {'. '.join(told)}.",
         "",
-        "| message | what it is | the round | reason | strike |",
-        "|---" * 5 + "|",
+        "| message | what it is | without checks | Assay | reason | strike |",
+        "|---" * 6 + "|",
     ]
     for row in rows:
         mark = "" if row["reason"] == row["expected"] else f" (expected `{row['expected']}`)"
         strike = "yes" if row["strike"] else "no"
-        lines.append(f"| `{row['name']}` | {row['what']} | {row['assay']} | `{row['reason']}`{mark} | {strike} |")
+        plain = row["plain"] + (f": `{row['plain_error']}`" if row["plain_error"] else "")
+        lines.append(
+            f"| `{row['name']}` | {row['what']} | {plain} | {row['assay']} | `{row['reason']}`{mark} | {strike} |"
+        )
     lines += ["", f"`{found['command']}` · torch {found['versions']['torch']} · commit {found['commit']}"]
     return "\n".join(lines) + "\n"
 
