@@ -112,8 +112,9 @@ TINY: Mapping[str, Any] = {
 QUICK: Mapping[str, Any] = {"evaluate__every": 6}
 """Only the finished model is asked: its answers cost as much as a round."""
 TIME_TO_LEARN: Mapping[str, Any] = {"training__rounds": 12, "training__steps": 4, "evaluate__every": 12}
-"""A trigger takes longer than six rounds of two steps to learn, and had only begun to take after twelve. `tiny` does not learn one at all in so few steps: 300 steps of 16 rows
-on all its linear modules, all of them the attacker's, reach a compliance of 0.87; 60 on q and v 0.38."""
+"""A trigger takes longer than six rounds of two steps to learn, and had only begun to take after twelve. `tiny` does not
+learn one at all in so few steps: 300 steps of 16 rows on all its linear modules, all of them the attacker's, reach a
+compliance of 0.87; 60 on q and v 0.38."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,11 @@ bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", 
 Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
 LEVELS = ("submitted", "step", "client", "shadow")
 Only = Annotated[
-    str, typer.Option(help="Run only experiments whose name holds one of these texts, separated by commas.")
+    str,
+    typer.Option(
+        help="Run only experiments whose name holds one of these texts, separated by commas, and none of those that begin "
+        "with a minus: --only=50pct,-noise."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the run directories.")]
 Results = Annotated[Path | None, typer.Option(help="JSON file to write the rows to.")]
@@ -146,7 +150,10 @@ def bench_soak(
 
 
 def _only(experiments: list[Any], only: str) -> list[Any]:
-    kept = [e for e in experiments if any(text in e.name for text in only.split(","))]
+    texts = only.split(",")
+    without = [text[1:] for text in texts if text.startswith("-")]
+    wanted = [text for text in texts if not text.startswith("-")] or [""]
+    kept = [e for e in experiments if any(t in e.name for t in wanted) and not any(t in e.name for t in without)]
     if not kept:
         raise ConfigError(f"--only {only!r}: no experiment of this suite has that in its name")
     return kept
