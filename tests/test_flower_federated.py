@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
 
 from assay import models, report, run_dir
 from assay.bench.flower_grid import InProcessGrid, Node
 from assay.config import ConfigError, Experiment
 from assay.engines import local, rounds
-from assay.engines.flower import GuardedGrid, federated_client, federated_messages
+from assay.engines.flower import GuardedGrid, federated_messages
 from assay.engines.flower.federated_nodes import PARTITION, WHO, recruiter
 from assay.engines.flower.federated_settings import Settings
 from assay.federated.compute import Serial
@@ -27,6 +27,7 @@ from assay.federated.lora import Carrier
 from assay.federated.preparation import Prepared
 from assay.federated.probe import Probe
 from assay.ledger import verify
+from flower_nodes import node, on_flower, settings_for, simulated
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 TOML = """
@@ -71,37 +72,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def compute(prepared: Prepared, small: Experiment) -> Serial:
     return Serial(Carrier(models.load(str(prepared.path), prepared.dtype), small.lora))
-
-
-def node(settings: Settings, id: int, change: Callable[[Message], Any] = lambda m: m, **config: Any) -> Node:
-    """A SuperNode with Assay's ClientApp; `change` is what becomes of its replies."""
-    app = federated_client.make_app(lambda context: settings)
-    context = Context(run_id=1, node_id=id, node_config=config, state=RecordDict(), run_config={})
-
-    def answer(message: Message) -> Any:
-        reply = app(message, context)
-        return change(reply) if message.metadata.message_type == "train" else reply
-
-    return answer
-
-
-def simulated(settings: Settings, **change: Callable[[Message], Any]) -> dict[int, Node]:
-    """One node a client, in an order of its own, as Flower's ids are."""
-    total = settings.experiment.clients.total
-    return {
-        100 - i: node(settings, 100 - i, change.get(f"client_{i}", lambda m: m), **{"partition-id": i})
-        for i in range(total)
-    }
-
-
-def settings_for(experiment: Experiment, out: Path, **more: Any) -> Settings:
-    return Settings(**{"experiment": experiment, "out": out, "simulation": True, "poll": 0.001, "timeout": 5.0, **more})
-
-
-def on_flower(settings: Settings, nodes: Mapping[int, Node], prepared: Prepared, compute: Serial) -> dict[str, Any]:
-    grid = GuardedGrid(InProcessGrid(nodes), poll=settings.poll)
-    recruit = recruiter(grid, settings)
-    return rounds.run(settings.experiment, settings.out, prepared, compute, recruit, engine="flower")
 
 
 def entries(out: Path) -> list[dict[str, Any]]:
