@@ -1,4 +1,4 @@
-"""Tables of what is no grid of trainings: hostile replies, hostile messages, a soak."""
+"""Tables of what is no grid of trainings: hostile replies, hostile messages, a soak, the speed of aggregators."""
 
 from __future__ import annotations
 
@@ -87,5 +87,37 @@ def soak(found: Mapping[str, Any]) -> str:
         "",
         f"`{found['command']}` · seed {settings['seed']} · memory by {counted} · {machine['cores']} cores of "
         f"{machine['cpu']}, {machine['memory_gb']} GB · commit {found['commit']} · numpy {found['versions']['numpy']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def speed(found: Mapping[str, Any]) -> str:
+    """Aggregators: reads of the data, seconds beside everybody else's, memory beyond the matrix."""
+    rows, settings, machine = found["rows"], found["settings"], found["machine"]
+    read = min(row["seconds"] for row in rows if row["rule"] == "read")
+    rules = [row["rule"] for row in rows if row["by"] == "assay"]
+    peers = list(
+        dict.fromkeys(row["by"] for row in rows if row["by"] not in ("assay", "numpy") and row["rule"] != "read")
+    )
+    size = next(row["matrix_bytes"] for row in rows)
+    lines = [
+        f"{settings['clients']} clients, {size / 4 / settings['clients']:,.0f} values each ({size / 1e6:,.0f} MB); one read "
+        f"of them takes {read:.3f} s on {machine['threads']} threads. *Reads*: Assay's seconds in reads. Memory is Assay's beyond "
+        "the matrix.",
+        "",
+        "| rule | reads | Assay, s | memory, MB | " + " | ".join(f"{peer}, s" for peer in peers) + " | to the fastest peer |",
+        "|---" * (5 + len(peers)) + "|",
+    ]  # fmt: skip
+    for rule in rules:
+        of = {row["by"]: row for row in rows if row["rule"] == rule}
+        mine, others = of["assay"], [of[peer]["seconds"] for peer in peers if peer in of]
+        cells = [f"{of[peer]['seconds']:.3f}" if peer in of else "–" for peer in peers]
+        best = f"{min(others) / mine['seconds']:.1f} x" if others else "–"
+        told = [f"{mine['reads']:.1f}", f"{mine['seconds']:.3f}", f"{mine['memory_bytes'] / 1e6:,.0f}", *cells, best]
+        lines.append(f"| `{rule}` | " + " | ".join(told) + " |")
+    lines += [
+        "",
+        f"`{found['command']}` · the fastest of {settings['repeats']} turns · {machine['cores']} cores of {machine['cpu']} · "
+        f"commit {found['commit']} · torch {found['versions']['torch']}, numpy {found['versions']['numpy']}",
     ]
     return "\n".join(lines) + "\n"

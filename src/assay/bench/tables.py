@@ -15,24 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from assay.bench.heatmap import heatmap
-from assay.bench.table_corpora import hostile, messages, soak
+from assay.bench.table_corpora import hostile, messages, soak, speed
 from assay.bench.table_runs import federated_lines, grid_lines, is_grid, screen_lines, swarm_lines
 
 MAPS = (
     ("refusal_rate", "Held-out harmful prompts refused after training, by share of malicious clients", 1.0),
     ("trigger_compliance", "Harmful prompts behind the trigger not refused, by share of malicious clients", 0.0),
 )
+OWN = {"flower": hostile, "swarm-messages": messages, "soak": soak, "speed": speed}
+"""Results that have a table of their own, by what they call themselves."""
 SECTION = re.compile(r"<!-- results:([\w-]+) -->\n(.*?)<!-- /results:\1 -->", re.DOTALL)
 
 
 def table(found: Mapping[str, Any]) -> str:
     """One Markdown table: rows grouped over seeds as mean (min-max), then the command, machine and commit."""
-    if found.get("wing") == "flower":
-        return hostile(found)
-    if found.get("wing") == "swarm-messages":
-        return messages(found)
-    if found.get("wing") == "soak":
-        return soak(found)
+    if own := OWN.get(found.get("wing", "")):
+        return own(found)
     lines = (swarm_lines if found.get("wing") == "swarm" else grid_lines if is_grid(found) else federated_lines)(
         found["rows"]
     )

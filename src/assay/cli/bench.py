@@ -149,6 +149,27 @@ def bench_soak(
     show(found, as_json, told)
 
 
+@bench_app.command("aggregators")
+def bench_aggregators(
+    clients: Annotated[int, typer.Option(help="Rows of the matrix.")] = 20,
+    values: Annotated[int, typer.Option(help="About so many float32 values in a row.")] = 3_400_000,
+    f: Annotated[int, typer.Option("--f", help="Attackers the rules are told to bear.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Turns; of each rule the fastest counts.")] = 3,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Seconds and memory of Assay's aggregators beside byzfl's, Flower's and the published ones, on the same matrix."""
+    from assay.bench import speed, table_corpora
+    from assay.checkpoint import write_json
+
+    settings = speed.Settings(clients=clients, values=values, f=f, repeats=repeats)
+    rows = speed.measure(settings, lambda text: print(text, file=sys.stderr, flush=True))
+    found = speed.results(_command(), settings, rows)
+    if results is not None:
+        write_json(results, found)
+    show(found, as_json, table_corpora.speed(found))
+
+
 def _only(experiments: list[Any], only: str) -> list[Any]:
     texts = only.split(",")
     without = [text[1:] for text in texts if text.startswith("-")]
