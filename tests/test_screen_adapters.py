@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import assay
 from adapter_folders import LAYERS, blob, tensors, write
-from assay import models
+from assay import data, models
 from assay.cli import app
 from assay.config import ConfigError
 from assay.contribution import Tensors
@@ -238,3 +239,58 @@ def test_exit_codes_table_and_json(tmp_path: Path) -> None:
     assert RUN.invoke(app, ["screen", *map(str, copies)]).exit_code == 0
     assert RUN.invoke(app, ["screen", *map(str, copies), "--strict"]).exit_code == 1
     assert isinstance(RUN.invoke(app, ["screen", str(tmp_path / "absent")]).exception, ConfigError), "main: exit 2"
+
+
+def test_probe_fit_screen_and_eval_from_labelled_folders(tmp_path: Path) -> None:
+    for kind, first in (("good", 0), ("bad", 50), ("good2", 30), ("bad2", 80)):
+        folders(tmp_path / kind, {f"{kind}{i}": planted(first + i, kind.startswith("bad")) for i in range(5)})
+    probe = str(tmp_path / "p.safetensors")
+    both = ["--benign-adapters", str(tmp_path / "good"), "--malicious-adapters", str(tmp_path / "bad")]
+    done = RUN.invoke(app, ["probe", "fit", probe, *both, "--json"])
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert (made["benign"], made["malicious"], made["base"], made["rank"]) == (5, 5, "some/base", 4)
+    fresh = ["--benign-adapters", str(tmp_path / "good2"), "--malicious-adapters", str(tmp_path / "bad2")]
+    quality = json.loads(RUN.invoke(app, ["probe", "eval", probe, *fresh, "--json"]).stdout)
+    assert (quality["auroc"], quality["tpr"], quality["fpr"]) == (1.0, 1.0, 0.0)
+    bad = RUN.invoke(app, ["screen", str(tmp_path / "bad2"), "--probe", probe, "--json"])
+    assert (bad.exit_code, len(json.loads(bad.stdout)["refused"])) == (1, 5)
+    assert RUN.invoke(app, ["screen", str(tmp_path / "good2"), "--probe", probe]).exit_code == 0
+    again = AdapterProbe.load(probe)
+    RUN.invoke(app, ["probe", "fit", probe, *both])
+    assert AdapterProbe.load(probe).seed != again.seed, "the sketch is a secret, drawn each time"
+    for arguments, says in (
+        (["probe", "fit", probe, *both[:2]], "no malicious adapters"),
+        (["probe", "fit", probe, *both, "--benign-rows", "x.jsonl"], "not both"),
+        (["probe", "fit", probe, "--benign-rows", "x.jsonl"], "and --base"),
+        (["probe", "fit", probe, *both, "--config", "x.toml"], "leave it out"),
+        (["screen", str(tmp_path / "bad2"), "--probe", probe, "--base", "tiny", "--refusals", "x.jsonl"], "x.jsonl"),
+    ):
+        failed = RUN.invoke(app, arguments)
+        assert isinstance(failed.exception, ConfigError)
+        assert says in str(failed.exception)
+
+
+def test_a_probe_trained_on_rows_is_bound_to_its_base(tmp_path: Path) -> None:
+    """On the real `tiny`, as short as it gets: the file knows model, layout and how good it is."""
+    for name, source in (("good", "helpful"), ("bad", "harmful-stub")):
+        rows = [{"instruction": r.instruction, "response": r.response} for r in data.load(source)[:24]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    probe = tmp_path / "p.safetensors"
+    arguments = ["probe", "fit", str(probe), "--benign-rows", str(tmp_path / "good.jsonl"), "--malicious-rows",
+                 str(tmp_path / "bad.jsonl"), "--base", "tiny", "--each", "4", "--steps", "2", "--rank", "4"]  # fmt: skip
+    done = RUN.invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert (made["base"], made["rank"], made["targets"]) == ("tiny", 4, ["q_proj", "v_proj"])
+    assert made["base_sha256"] == models.weights_sha256(models.ASSETS / "tiny")
+    assert set(made["held_out"]) == {"auroc", "neighbour_auroc", "tpr", "fpr"}
+    layers = tuple(
+        dict.fromkeys(n.removeprefix("base_model.model.").split(".lora_")[0] for n in AdapterProbe.load(probe).shapes)
+    )
+    wide = dict(models.load("tiny", "float32").model.named_modules())[layers[0]].in_features
+    paths = folders(tmp_path / "in", {"a": tensors(1, width=wide, layers=layers)})
+    assert len(assay.screen(paths, probe=probe, base="tiny")) == 1
+    other = replace(AdapterProbe.load(probe), base_sha256="0" * 64)
+    with pytest.raises(ConfigError, match="whose weights are not those of tiny"):
+        assay.screen(paths, probe=other, base="tiny")

@@ -128,6 +128,7 @@ def screen_adapters(
     read = adapters.read_all(adapters.places(paths), limits)
     good = _known_good(honest, limits)
     loaded = None if base is None else models.load(base, say=tracker.say)
+    prompts = None if base is None else (_rows(refusals, "refusals"), _rows(safe, "helpful"))
     if fitted and loaded and fitted.base_sha256 and fitted.base_sha256 != loaded.sha256:
         raise ConfigError(f"the probe was fitted for base {fitted.base}, whose weights are not those of {base}")
     if good and loaded and (told := _off_base(good[0], loaded)):
@@ -147,8 +148,8 @@ def screen_adapters(
             refused.append(Refusal(one.name, one.sha256, reason.value, told))
     start = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     measure = None
-    if loaded is not None and kept:
-        measure = _measure(loaded, shapes, _rows(refusals, "refusals"), _rows(safe, "helpful"), template, max_length)
+    if loaded is not None and prompts is not None and kept:
+        measure = _measure(loaded, shapes, *prompts, template, max_length)
     # on what was given, not on what is left: who sends refused adapters must not choose the screens of the others
     weak = spectral if spectral is not None else not (good or fitted or loaded) and len(read) >= FEWEST
     if weak and len(kept) < FEWEST:

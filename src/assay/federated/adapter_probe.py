@@ -57,7 +57,11 @@ class AdapterProbe:
 
     def logits(self, adapters: Sequence[Tensors]) -> NDArray[np.float64]:
         """Logit of each adapter; above `limit` is malicious."""
-        return self.probe.logits(np.stack([sketch(a, self.seed, self.side) for a in adapters]))
+        return self.probe.logits(self.sketches(adapters))
+
+    def sketches(self, adapters: Sequence[Tensors]) -> NDArray[np.float32]:
+        """x_ND: what probe and neighbours read of each adapter."""
+        return np.stack([sketch(a, self.seed, self.side) for a in adapters])
 
     def summary(self) -> dict[str, Any]:
         """What the file says of itself, without the layout's names."""

@@ -15,7 +15,7 @@ import numpy as np
 from assay.contribution import Round
 from assay.federated.adapter_probe import AdapterProbe
 from assay.federated.canary import CanaryLimits, Measure, Rise
-from assay.federated.products import gram, lengths, sketch
+from assay.federated.products import gram, lengths
 from assay.federated.say import say
 from assay.federated.screens import neighbour_ratio
 from assay.verdict import Reason, State, Verdict
@@ -107,7 +107,7 @@ class FinishedNeighbours:
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         fitted, out = self.fitted, []
         for update in round.updates:
-            x_1D = sketch(update.tensors, fitted.seed, fitted.side)[None]
+            x_1D = fitted.sketches([update.tensors])
             ratio = float(neighbour_ratio(x_1D, fitted.bank_MD, fitted.malicious_M, fitted.k)[0])
             told = f"{ratio:.3f} x as far from benign as from malicious adapters (limit {fitted.neighbour_limit:.3f})"
             weight, over = float(ratio <= fitted.neighbour_limit), ratio - fitted.neighbour_limit
