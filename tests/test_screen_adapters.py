@@ -19,7 +19,9 @@ from assay.cli import app
 from assay.config import ConfigError
 from assay.contribution import Tensors
 from assay.federated.adapter_probe import AdapterProbe, fit_adapters
+from assay.federated.finished import calibrated
 from assay.federated.products import gram, lengths, sketch
+from assay.federated.rehearsed import PROBE_FLOOR
 
 RUN = CliRunner()
 
@@ -95,11 +97,19 @@ def test_limits_come_from_the_benign_alone() -> None:
     """More, or nearer, malicious adapters must not move a limit up: held-out benign scores set it."""
     benign = [planted(i, False) for i in range(6)]
     far, alike = [planted(50 + i, True) for i in range(6)], [planted(90 + i, False) for i in range(6)]
-    assert fit_adapters(benign, far, seed=1).limit == 0.0, "well apart: even odds"
+    assert fit_adapters(benign, far, seed=1).limit == PROBE_FLOOR, "well apart: the floor"
     muddled = fit_adapters(benign, alike, seed=1)
     assert muddled.notes["held_out"]["tpr"] < 0.7, "what cannot be told apart is said to be so"
     with pytest.raises(ConfigError, match="at least 4 adapters of each class"):
         fit_adapters(benign, far[:3], seed=1)
+
+
+def test_references_raise_a_probes_limits_and_never_lower_them(fitted: AdapterProbe) -> None:
+    near, odd = [planted(300 + i, False) for i in range(3)], [planted(320 + i, True) for i in range(3)]
+    assert calibrated(fitted, near).limit == fitted.limit
+    raised = calibrated(fitted, odd)
+    assert (raised.logits(odd) <= raised.limit).all()
+    assert raised.neighbour_limit > fitted.neighbour_limit
 
 
 def test_a_probe_file_is_read_back_and_checked(fitted: AdapterProbe, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from assay.federated.finished import (
     FinishedNeighbours,
     FinishedProbe,
     Length,
+    calibrated,
 )
 from assay.federated.local_sft import LocalSettings
 from assay.federated.lora import Carrier
@@ -43,8 +44,9 @@ from assay.wire.peft import DEFAULT_FOLDER_LIMITS, Adapter, FolderLimits, differ
 
 CANARY_ROWS = 32
 """Rows of a built-in set; a file of one's own is read whole."""
-CANARY_FLOOR = 0.1
-"""Nats: least limit that references give. Honest adapters of `tiny` rose by up to 0.26."""
+CANARY_FLOOR = 0.25
+"""Nats: least limit that references give. A few show little of the range: on `tiny` four gave a limit under 0.1, and one
+of eight honest strangers, who trained on another part of the data, rose by 0.17. Harm that took rose by 0.5 and more."""
 FEWEST_HONEST = 3
 
 
@@ -246,6 +248,7 @@ def _screens(
     longest = float(lengths([a.tensors for a in good]).max()) if good else None
     out: list[Screen] = [Length(longest)]
     if fitted is not None:
+        fitted = calibrated(fitted, [a.tensors for a in good])
         out += [FinishedProbe(fitted), FinishedNeighbours(fitted)]
     if measure is not None:
         tracker.say("measuring the canary")

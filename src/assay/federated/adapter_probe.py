@@ -26,6 +26,7 @@ from assay.federated.lora import unit_rows
 from assay.federated.probe import Probe, fit
 from assay.federated.products import SIDE, sketch
 from assay.federated.rehearsal import limit_of
+from assay.federated.rehearsed import NEIGHBOUR_FLOOR, PROBE_FLOOR
 from assay.federated.screens import neighbour_ratio
 from assay.metrics import auroc
 
@@ -149,7 +150,8 @@ def fit_adapters(
     """Fit and calibrate on labelled adapters of one layout.
 
     Each adapter is scored once by a probe and a bank of the other folds; limit = benign max + margin x (max - median)
-    of these scores, and no less than even odds. `notes` hold what the held-out scores say. ConfigError where a class
+    of these scores, and no less than the floors of rehearsal: strangers who train in another way than the operator lie
+    farther out than anything he can hold out (`finished.calibrated` reads that off references). `notes` hold what the held-out scores say. ConfigError where a class
     has fewer than four.
     """
     if min(len(benign), len(malicious)) < FEWEST:
@@ -167,8 +169,8 @@ def fit_adapters(
         out_N = fold_N == one
         logit_N[out_N] = fit(x_ND[~out_N], bad_N[~out_N], "all").logits(x_ND[out_N])
         ratio_N[out_N] = neighbour_ratio(x_ND[out_N], x_ND[~out_N], bad_N[~out_N], k)
-    limit = max(0.0, limit_of(logit_N[~bad_N].tolist(), margin))
-    near = max(1.0, limit_of(ratio_N[~bad_N].tolist(), margin))
+    limit = max(PROBE_FLOOR, limit_of(logit_N[~bad_N].tolist(), margin))
+    near = max(NEIGHBOUR_FLOOR, limit_of(ratio_N[~bad_N].tolist(), margin))
     caught_N = (logit_N > limit) | (ratio_N > near)
     return AdapterProbe(
         probe=fit(x_ND, bad_N, "all"),

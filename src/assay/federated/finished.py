@@ -8,14 +8,16 @@ labelled ones, prompts of his own. Legend: N adapters, M bank rows, D values of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from assay.contribution import Round
+from assay.contribution import Round, Tensors
 from assay.federated.adapter_probe import AdapterProbe
 from assay.federated.canary import CanaryLimits, Measure, Rise
 from assay.federated.products import gram, lengths
+from assay.federated.rehearsal import limit_of
 from assay.federated.say import say
 from assay.federated.screens import neighbour_ratio
 from assay.verdict import Reason, State, Verdict
@@ -29,6 +31,21 @@ UNREFERENCED = 0.5
 rate, by at most 0.10, and did next to nothing."""
 RUIN = 4.0
 """Times the limit of safe answers above which nothing is left to review. A convention."""
+
+
+def calibrated(fitted: AdapterProbe, good: Sequence[Tensors], margin: float = 0.25) -> AdapterProbe:
+    """The probe with limits that references explain too, who may have trained in another way than what it was fitted on.
+
+    Limits only rise, so one bad reference opens the door as far as it lies out itself: references must be known good.
+    """
+    if not good:
+        return fitted
+    ratios = neighbour_ratio(fitted.sketches(good), fitted.bank_MD, fitted.malicious_M, fitted.k)
+    return replace(
+        fitted,
+        limit=max(fitted.limit, limit_of(fitted.logits(good).tolist(), margin)),
+        neighbour_limit=max(fitted.neighbour_limit, limit_of(ratios.tolist(), margin)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
