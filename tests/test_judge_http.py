@@ -7,19 +7,15 @@ real server is the slow test at the end.
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from assay import models
 from assay.config import ConfigError
@@ -237,32 +233,38 @@ def test_an_endpoint_that_echoes_accepts_nobody(server: Server, text: str) -> No
     assert not any(mark in json.dumps(server.bodies) for mark in ("<|im_end|>", "<|im_start|>", "[INST]"))
 
 
+def chat_with(base: models.Base) -> Reply:
+    """A chat completion by a real model, as a server makes it of plain messages: its own template reads their text."""
+    lock = threading.Lock()
+
+    def reply(server: Server, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        text = base.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        ids = base.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with lock, torch.no_grad():
+            mask = torch.ones_like(ids)
+            out = base.model.generate(ids, attention_mask=mask, max_new_tokens=body["max_tokens"], do_sample=False)
+        made = out[0, ids.shape[1] :]
+        finish = "stop" if int(made[-1]) == base.tokenizer.eos_token_id else "length"
+        answer = base.tokenizer.decode(made, skip_special_tokens=True)
+        return 200, {}, said(answer, finish, prompt_tokens=ids.shape[1], completion_tokens=len(made))
+
+    return reply
+
+
 @pytest.mark.slow
-def test_a_real_server_of_transformers_judges_the_hostile_corpus(tmp_path: Path) -> None:
-    """`transformers serve` with SmolLM2 on loopback: an answer to each, no decision out of any hostile text's own words."""
-    model = str(models.resolve(models.DEFAULT))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
-    log = (tmp_path / "serve.log").open("w")
-    running = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert running.poll() is None, (tmp_path / "serve.log").read_text()[-2000:]
-                time.sleep(0.5)
-        screen = make_judge(model, url=f"http://127.0.0.1:{port}/v1", style="decision", concurrency=2, timeout=120.0)
-        verdicts, state = screen.screen(pool(GOOD, *HOSTILE), {})
-        print(state["counts"], [v.sentence for v in verdicts])
-        assert state["counts"]["judged"] == len(HOSTILE) + 1
-        assert not state["counts"].get("failed"), [v.sentence for v in verdicts]
-        assert state["counts"]["tokens_in"] > 0
-        assert all(v.weight == 0 for v, text in zip(verdicts[1:], HOSTILE) if answers_itself(clean(text)[0]))
-        assert all(v.reason in (Reason.OK, Reason.JUDGE, Reason.ABSTAINED) for v in verdicts)
-    finally:
-        running.terminate()
-        running.wait(30)
+def test_smollm2_behind_a_real_server_judges_the_hostile_corpus(server: Server) -> None:
+    """The whole way with a real model: an answer to every text that may be asked about, and none of the texts that hold a
+    decision is accepted. SmolLM2 is too small to judge: nearly all of its answers are cut off or no decision."""
+    models.resolve(models.DEFAULT)
+    server.reply = chat_with(models.load(models.DEFAULT))
+    screen = make_judge("smollm2", url=server.url, style="decision", concurrency=4, timeout=600.0, deadline=600.0)
+    verdicts, state = screen.screen(pool(GOOD, *HOSTILE), {})
+    print(state["counts"], [v.sentence for v in verdicts])
+    asked = [v for v in verdicts if v.evidence["tokens_in"] > 0]
+    assert len(asked) == len(server.bodies) > 5, "every request was answered, none twice"
+    assert all(v.weight == 0 for v, text in zip(verdicts[1:], HOSTILE) if answers_itself(clean(text)[0]))
+    assert all(v.reason in (Reason.OK, Reason.JUDGE, Reason.ABSTAINED) for v in verdicts)
+    sent = json.dumps([b["messages"] for b in server.bodies], ensure_ascii=False)
+    assert not any(mark in sent for mark in ("<|im_end|>", "<|im_start|>", "\u200b", "\u202e", "\U000e0044"))
+    assert max(len(json.dumps(b)) for b in server.bodies) < 20_000, "a text of 100,000 characters is not sent"
+    assert state["counts"]["latency"] > 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -304,3 +306,18 @@ def test_a_probe_trained_on_rows_is_bound_to_its_base(tmp_path: Path) -> None:
     other = replace(AdapterProbe.load(probe), base_sha256="0" * 64)
     with pytest.raises(ConfigError, match="whose weights are not those of tiny"):
         assay.screen(paths, probe=other, base="tiny")
+
+
+def test_the_workflow_in_the_docs_is_one_and_calls_the_command_as_it_is() -> None:
+    """The example parses, reads nothing it judges by from the pull request, and names only options there are."""
+    text = (Path(__file__).parents[1] / "docs" / "SCREEN.md").read_text()
+    workflow = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "pull_request_target" not in text
+    (step,) = [s for s in workflow["jobs"]["screen"]["steps"] if "assay screen" in s.get("run", "")]
+    words = step["run"].replace("\\\n", " ").split()
+    options = set(re.findall(r"--[a-z-]+", RUN.invoke(app, ["screen", "--help"], terminal_width=200).stdout))
+    assert {w for w in words if w.startswith("--")} <= options
+    judged_by = {words[i + 1] for i, w in enumerate(words) if w in ("--honest", "--probe", "--refusals", "--safe")}
+    assert len(judged_by) == 4
+    assert all(path.startswith("trusted/") for path in judged_by)

@@ -85,7 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
     honest = [train_with_peft(base, mixed(own, i), folder / "honest" / str(i), 50 + i) for i in range(4)]
     good_rows = _write(folder / "good.jsonl", [*own["helpful"][:300], *own["refusals"][:40]])
     bad_rows = _write(folder / "bad.jsonl", own["harmful-stub"][:200])
-    fitted = adapter_probes.from_rows(good_rows, bad_rows, str(base), each=9, steps=40, max_length=96)
+    fitted = adapter_probes.from_rows(good_rows, bad_rows, str(base), each=9, steps=40, max_length=96, seed=11)
     fitted.save(folder / "probe.safetensors")
     held = {n: data.part(rows, "heldout")[:32] for n, rows in sets.items()}
     return World(
