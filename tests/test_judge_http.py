@@ -125,8 +125,8 @@ def test_an_accepted_completion_with_what_it_cost(server: Server, monkeypatch: p
         (200, b'{"choices": {"0": 1}}', "no chat completion"),
         (200, b"[" * 9_000, "no chat completion"),
         (200, b"\xff\xfe\x00", "no chat completion"),
-        (200, said(None), "refused to answer"),
-        (200, said("DECISION: accept", "length"), "cut off"),
+        (200, said(None), "an empty answer"),
+        (200, said("DECISION: accept", "length"), "no decision"),
         (200, said("x" * 20_000 + "\nDECISION: accept"), "longer than 10000 bytes"),
         (200, said("I accept it gladly."), "no decision"),
         (200, said("DECISION: accept\nDECISION: reject"), "several decisions"),
@@ -135,10 +135,12 @@ def test_an_accepted_completion_with_what_it_cost(server: Server, monkeypatch: p
 def test_whatever_is_no_answer_is_an_abstention(server: Server, status: int, raw: bytes, says: str) -> None:
     server.reply = lambda server, body: (status, {"Location": f"{server.url}/elsewhere"}, raw)
     screen = Judge(backend=judge(server, max_bytes=10_000), style="decision")
-    (verdict,), _ = screen.screen(pool(GOOD), {})
+    (verdict,), state = screen.screen(pool(GOOD), {})
     assert (verdict.weight, verdict.reason) == (0.0, Reason.ABSTAINED)
     assert says in verdict.sentence
     assert len(server.bodies) == 1, "no redirect is followed"
+    gave_an_answer = says in ("an empty answer", "no decision", "several decisions")
+    assert bool(state["seen"]) == gave_an_answer, "an outage is asked about again, an answer is not"
 
 
 def test_usage_is_a_claim(server: Server) -> None:

@@ -156,10 +156,10 @@ class HttpJudge:
         price = self.settings.price_in * tokens_in + self.settings.price_out * tokens_out
         spent = Answer(tokens_in=tokens_in, tokens_out=tokens_out, seconds=seconds, cost=price / 1e6)
         if not isinstance(text, str):
-            return replace(spent, problem="the judge refused to answer")
+            text = ""  # a refusal: an answer without a decision, which is remembered as one
         if choice.get("finish_reason") == "length":
             # cut off wherever the limit fell, also behind a decision that was about to be doubted
-            return replace(spent, problem="the judge's answer was cut off at max_tokens")
+            text += "\n[cut off at max_tokens]"
         return replace(spent, text=text)
 
 
