@@ -1,4 +1,4 @@
-"""The `assay` command. Exit codes: 0 done, 1 a check failed (ledger broken), 2 bad usage or configuration."""
+"""The `assay` command. Exit codes: 0 done, 1 a check failed (ledger broken, adapter refused), 2 bad usage or configuration."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from assay.cli.common import (
 from assay.cli.excise import excise
 from assay.cli.files import ledger_app, model_app
 from assay.cli.probe import probe_app
+from assay.cli.screen import screen
 from assay.config import AnyExperiment, ConfigError
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command()(calibrate)
 app.command()(excise)
+app.command()(screen)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(probe_app, name="probe")
