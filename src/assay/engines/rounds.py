@@ -78,13 +78,17 @@ class Sent:
 
 
 class Clients(Protocol):
-    """Whoever trains. `malicious` and `kinds` are a simulation's truth, for the summary; {} where nobody knows."""
+    """Whoever trains. `malicious` and `kinds` are a simulation's truth, for the summary; {} where nobody knows. `names`
+    are what the operator calls participants whose identity is no word to read; nothing but the page goes by them."""
 
     @property
     def malicious(self) -> Mapping[str, bool]: ...
 
     @property
     def kinds(self) -> Mapping[str, str]: ...
+
+    @property
+    def names(self) -> Mapping[str, str]: ...
 
     def train(self, setup: Setup, state: ServerState, memory: Tensors, round: int) -> Sent:
         """Let the participants of `round` train from `state`; one entry for each that was asked. Peers never raise."""
@@ -324,6 +328,8 @@ def _finish(
     write_peft(directory / run_dir.ADAPTER, done.adapter, experiment.lora, str(setup.prepared.path))
     truth = setup.clients.malicious
     summary = summarise(experiment, directory, list(rows), truth, setup.prepared, command, setup.clients.kinds)
+    if names := {one: setup.clients.names[one] for one in summary["participants"] if one in setup.clients.names}:
+        summary["names"] = names
     if done.scores is not None:  # what ships is what the summary speaks of; the rounds are in metrics.jsonl
         summary["metrics"] |= done.scores.metrics()
         summary["answers"] = [{"prompt": p, "answer": a} for p, a in done.scores.answers]
