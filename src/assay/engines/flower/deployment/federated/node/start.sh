@@ -1,6 +1,7 @@
 #!/bin/sh
 # The node: ./start.sh rows.jsonl     further keys of the node config follow: ./start.sh rows.jsonl threads=2
-# Keep it running, and start it again with the same command. PORT (9094) is for its own processes, on this machine only.
+# Keep it running, and let a supervisor start it again (systemd: Restart=always, RestartSec=20): a node that was killed is
+# let in again once Flower counts it as gone, about a minute later. PORT (9094) is for its own processes, here alone.
 set -eu
 [ $# -ge 1 ] && [ -e "$1" ] || { echo 'usage: ./start.sh ROWS.jsonl [KEY=VALUE...]' >&2; exit 2; }
 case $1 in /*) rows=$1 ;; *) rows=$PWD/$1 ;; esac

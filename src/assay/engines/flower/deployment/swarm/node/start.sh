@@ -1,6 +1,7 @@
 #!/bin/sh
 # The node: ./start.sh node-0     further keys of the node config follow: ./start.sh node-0 quorum=3
-# Keep it running, and start it again with the same command. PORT (9094) is for its own processes, on this machine only.
+# Keep it running, and let a supervisor start it again (systemd: Restart=always, RestartSec=20): a node that was killed is
+# let in again once Flower counts it as gone, about a minute later. PORT (9094) is for its own processes, here alone.
 set -eu
 [ $# -ge 1 ] || { echo 'usage: ./start.sh NAME [KEY=VALUE...]' >&2; exit 2; }
 name=$1
