@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from assay import builtin, run_dir
+from assay import builtin, models, run_dir
 from assay.ledger import verify
 from deployed import Deployed, deployed, until
 
@@ -58,7 +58,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterato
 
 
 def start(made: Deployed, name: str) -> None:
-    made.start(name, made.folder / name / "start.sh", f"{name}/rows.jsonl", "threads=1")
+    more = ["threads=1", f'base="{models.resolve("tiny")}"'] if name == SITES[1] else ["threads=1"]
+    made.start(name, made.folder / name / "start.sh", f"{name}/rows.jsonl", *more)
 
 
 def present(entry: dict, names: dict[str, str]) -> set[str]:
