@@ -87,10 +87,12 @@ class Deployed:
 
     def superlink(self) -> None:
         self.start("superlink", self.server / "superlink.sh")
-        proxy = Path(__file__).with_name("fleet_proxy.py")
-        self.start("proxy", sys.executable, proxy, self.outside, f"127.0.0.1:{self.port}", self.server)
-        for part, port in (("superlink", self.port), ("proxy", int(self.outside.rpartition(":")[2]))):
-            until(f"{part} listens", lambda port=port: _listens(port))
+        until("the SuperLink listens", lambda: _listens(self.port))
+
+    def proxy(self) -> None:
+        script = Path(__file__).with_name("fleet_proxy.py")
+        self.start("proxy", sys.executable, script, self.outside, f"127.0.0.1:{self.port}", self.server)
+        until("the proxy listens", lambda: _listens(int(self.outside.rpartition(":")[2])))
 
     def site(self, name: str) -> Path:
         """A copy of node/ with a key of its own."""

@@ -28,7 +28,10 @@ def make(upstream: str, folder: str) -> Starlette:
             return PlainTextResponse("not from here", 403)
         headers = {k: v for k, v in request.headers.items() if k not in ("host", "content-length")}
         url = f"https://{upstream}{request.url.path}"
-        answer = await client.request(request.method, url, content=await request.body(), headers=headers)
+        try:
+            answer = await client.request(request.method, url, content=await request.body(), headers=headers)
+        except httpx.TransportError:
+            return PlainTextResponse("nobody there", 502)
         kept = {
             k: v
             for k, v in answer.headers.items()

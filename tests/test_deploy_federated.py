@@ -48,6 +48,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterato
         rows = [{"instruction": row[0], "response": row[1]} for row in builtin.rows("helpful")]
         random.Random(3).shuffle(rows)
         made.superlink()
+        made.proxy()
         for i, name in enumerate(SITES):
             folder = made.site(name)
             (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[i * 40 : i * 40 + 40])))
@@ -93,7 +94,7 @@ def test_who_is_not_registered_stays_outside(federation: Deployed) -> None:
 
 def test_what_dies_costs_a_round_at_most(federation: Deployed) -> None:
     """Four rounds: one whole; one in which a SuperNode is killed and started again, and another one's ClientApp dies; one
-    in which the ServerApp is killed; one more. At the end a run like any other."""
+    in which the ServerApp is killed, and then the SuperLink; one more. At the end a run like any other."""
     run = federation.server / "run.sh"
     federation.run(run, "timeout=120", "wait=300")
     until("round 1", lambda: len(federation.rows()) > 1)
@@ -105,6 +106,8 @@ def test_what_dies_costs_a_round_at_most(federation: Deployed) -> None:
     until("round 3", lambda: _working(federation, SITES[0], 3))
     federation.kill("flwr-serverapp", part="superlink")
     assert [row["round"] for row in federation.rows()] == [0, 1, 2]
+    federation.kill(part="superlink")
+    federation.superlink()
     until("city is back", lambda: _let_in(federation, SITES[2]))
     federation.run(run, "timeout=120", "wait=300")
     until("the end", lambda: run_dir.read_summary(federation.server / "run"))

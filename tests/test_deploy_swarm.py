@@ -43,6 +43,7 @@ def swarm(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Dep
             (made.folder / folder / "experiment.toml").write_text(text + MORE)
         nodes, bad = who(made)
         made.superlink()
+        made.proxy()
         sites = {node: made.site(node) for node in nodes}
         for node, folder in sites.items():
             made.run(folder / "key.sh", node)
