@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
+from flwr.proto.node_pb2 import NodeInfo
 
 from assay import models, report, run_dir
 from assay.bench.flower_grid import InProcessGrid, Node
@@ -279,6 +280,28 @@ def test_a_deployment_trains_on_the_nodes_own_files(
     assert len(seen) == 6
     assert not any(b"987654321" in told or b"123454321" in told for told in seen)
     assert report.write([settings.out], tmp_path / "report.html").exists()
+
+
+def test_names_are_the_operators_and_for_the_page_alone(
+    tmp_path: Path, small: Experiment, prepared: Prepared, compute: Serial, files: list[Path]
+) -> None:
+    """Two nodes registered under one name, a third under the id of the first: three participants all the same."""
+    experiment = deployed(tmp_path, small).changed(defence={"level": "none"}, training__rounds=1)
+    settings = settings_for(experiment, tmp_path / "run", simulation=False, timeout=60.0)
+    nodes = {id: node(settings, id, data=str(file), threads=1) for id, file in zip((70011, 70012, 70013), files)}
+
+    class Named(InProcessGrid):
+        def get_nodes(self) -> list[NodeInfo]:
+            said = {70011: "North", 70012: "North", 70013: "70011"}
+            return [NodeInfo(node_id=id, name=name) for id, name in said.items()]
+
+    grid = GuardedGrid(Named(nodes), poll=0.001)
+    summary = rounds.run(experiment, settings.out, prepared, compute, recruiter(grid, settings), engine="flower")
+    assert summary["names"] == {"70011": "North", "70012": "North", "70013": "70011"}
+    assert [c["participant"] for c in entries(settings.out)[1]["contributions"]] == ["70011", "70012", "70013"]
+    assert not any("North" in line for line in (settings.out / run_dir.LEDGER).read_text().splitlines())
+    page = report.write([settings.out], tmp_path / "report.html").read_text()
+    assert all(label in page for label in ("North …0011", "North …0012", "70011 …0013"))
 
 
 def test_a_node_that_went_away_is_absent_and_sampled_again_when_it_is_back(

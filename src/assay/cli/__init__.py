@@ -26,6 +26,7 @@ from assay.cli.common import (
     show,
     write_report,
 )
+from assay.cli.deploy import deploy_app
 from assay.cli.excise import excise
 from assay.cli.files import ledger_app, model_app
 from assay.cli.probe import probe_app
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(calibrate)
+app.add_typer(deploy_app, name="deploy")
 app.command()(excise)
 app.command()(screen)
 app.add_typer(ledger_app, name="ledger")

@@ -164,6 +164,8 @@ def _finish(
     write_peft(directory / run_dir.ADAPTER, done.adapter, experiment.lora, str(setup.prepared.path))
     truth = setup.clients.malicious
     summary = summarise(experiment, directory, list(rows), truth, setup.prepared, command, setup.clients.kinds)
+    if names := {one: setup.clients.names[one] for one in summary["participants"] if one in setup.clients.names}:
+        summary["names"] = names
     if done.scores is not None:  # what ships is what the summary speaks of; the rounds are in metrics.jsonl
         summary["metrics"] |= done.scores.metrics()
         summary["answers"] = [{"prompt": p, "answer": a} for p, a in done.scores.answers]

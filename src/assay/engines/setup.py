@@ -64,13 +64,17 @@ class Sent:
 
 
 class Clients(Protocol):
-    """Whoever trains. `malicious` and `kinds` are a simulation's truth, for the summary; {} where nobody knows."""
+    """Whoever trains. `malicious` and `kinds` are a simulation's truth, for the summary; {} where nobody knows. `names`
+    are what the operator calls participants whose identity is no word to read; nothing but the page goes by them."""
 
     @property
     def malicious(self) -> Mapping[str, bool]: ...
 
     @property
     def kinds(self) -> Mapping[str, str]: ...
+
+    @property
+    def names(self) -> Mapping[str, str]: ...
 
     def train(self, setup: Setup, state: ServerState, memory: Tensors, round: int) -> Sent:
         """Let the participants of `round` train from `state`; one entry for each that was asked. Peers never raise."""
