@@ -1,7 +1,7 @@
 """Named benches of the federated wing: which attacks at which shares under which levels, and on which setting.
 
-small      every attack that needs no trigger at 20, 50 and 70% malicious, three seeds, on `tiny`: half an hour on two
-           cores
+small      every attack that needs no trigger at 20, 50 and 70% malicious, three seeds, on `tiny`: some 12 minutes a seed
+           on two idle cores
 real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
 backdoors  the attacks with a trigger on the default model, without and with the default defence and the malicious clients
            excised afterwards; the one that no screen sees also with one mitigation more: some hours
