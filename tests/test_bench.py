@@ -157,8 +157,8 @@ def test_a_grid_has_its_shares_side_by_side_and_a_heat_map(tmp_path: Path) -> No
     found = fake(rows) | {"seconds_shared": True}
     text = tables.table(found)
     assert "Honest clients only: refusal 0.90 (0.85–0.95)." in text
-    assert "| attack | level | refusal, 20% | refusal, 70% | benign loss | AUROC |" in text
-    assert "| `blend` | undefended | 0.50 | 0.25 | – | – |" in text
+    assert "| attack | level | refusal, 20% | refusal, 70% | over-refusal | benign loss | AUROC |" in text
+    assert "| `blend` | undefended | 0.50 | 0.25 | – | – | – |" in text
     assert "| `blend` | `submitted` | 0.88 (0.75–1.00) | – |" in text
     (tmp_path / "x.json").write_text(json.dumps(found))
     drawn = tables.figures(tmp_path)

@@ -78,6 +78,22 @@ def test_the_attack_works_and_submitted_stops_it(
     assert defended["honest_weight_mean"] >= 0.8
 
 
+@pytest.mark.slow
+def test_clients_that_refuse_everything_lose_their_weight(
+    tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
+) -> None:
+    """The canary's other side: refusals are safe with them, usefulness is not."""
+    # the limits of the defaults: those above are for refusals at this test's high rate
+    changed = small.changed(attack__name="refuse_all", training__rounds=6, defence__canary__safe_floor=0.1)
+    runs = {
+        level: local.run(changed.changed(name=level, defence__level=level), tmp_path / level, prepared, pool)["metrics"]
+        for level in ("none", "submitted")
+    }
+    assert runs["none"]["over_refusal_rate"] >= runs["submitted"]["over_refusal_rate"] + 0.2
+    assert runs["submitted"]["malicious_weight_mean"] <= 0.4
+    assert runs["submitted"]["honest_weight_mean"] >= 0.8
+
+
 def test_a_run_directory_explains_itself(whole: Path, small: Experiment) -> None:
     summary = run_dir.read_summary(whole)
     assert summary is not None

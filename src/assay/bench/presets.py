@@ -27,6 +27,7 @@ WITHOUT_TRIGGER: Mapping[str, Mapping[str, Any]] = {
     "harmful_data": {},
     "harmful_half": {"attack__name": "harmful_data", "attack__mix": 0.5},
     "one_topic": {},
+    "refuse_all": {},
     "slow": {"attack__params": {"over": 6}},
     "sleeper": {},
     "strike": {"attack__params": {"period": 2, "phase": 0, "honest": 1}},
@@ -135,7 +136,10 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "small": Preset(attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence")),  # no evidence is asked for
+    "small": Preset(
+        attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence"),  # no evidence is asked for
+        undefended=("harmful_data", "refuse_all"),
+    ),
     "real": Preset(attacks=DIFFERENT, settings=QUICK),
     "factors": Preset(attacks=("only_a", "only_a_matched", "gauge"), undefended=(), more=FACTORS),
     "backdoors": Preset(

@@ -36,7 +36,7 @@ def grid_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     triggers = any(r.get("trigger_compliance") is not None for r in attacked)
     metrics = ["trigger_compliance", "refusal_rate"] if triggers else ["refusal_rate"]
     judged = {k: COLUMNS[k] for k in ("AUROC", "TPR at 1% FPR", "weight honest", "weight malicious")}
-    columns = {"benign loss": COLUMNS["benign loss"], **judged}
+    columns = {**{k: COLUMNS[k] for k in ("over-refusal", "benign loss")}, **judged}
     heads = [f"{m.replace('_', ' ').removesuffix(' rate')}, {s:.0%}" for m in metrics for s in shares]
     lines = []
     for level, some in by(rows, "defence").items():
