@@ -47,6 +47,8 @@ refusals = 16
 safe = 8
 floor = 0.2
 anchor_floor = 0.3
+safe_floor = 0.2
+safe_anchor_floor = 0.3
 [evaluate]
 harmful_prompts = 20
 benign_prompts = 20
@@ -83,8 +85,9 @@ def test_clients_that_refuse_everything_lose_their_weight(
     tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
 ) -> None:
     """The canary's other side: refusals are safe with them, usefulness is not."""
-    # the limits of the defaults: those above are for refusals at this test's high rate
-    changed = small.changed(attack__name="refuse_all", training__rounds=6, defence__canary__safe_floor=0.1)
+    # the limits of the defaults; those above are for this module's high rate
+    changed = small.changed(attack__name="refuse_all", training__rounds=6)
+    changed = changed.changed(defence__canary__safe_floor=0.1, defence__canary__safe_anchor_floor=0.2)
     runs = {
         level: local.run(changed.changed(name=level, defence__level=level), tmp_path / level, prepared, pool)["metrics"]
         for level in ("none", "submitted")
