@@ -91,6 +91,16 @@ def test_assay_works_without(library: str, homes: tuple[str, ...]) -> None:
             )
 
 
+def test_only_the_wire_of_a_judge_needs_openai() -> None:
+    for path in MODULES:
+        text = path.read_text()
+        assert not re.search(
+            r"^(from assay\.swarm import .*judge_wire|(from|import) assay\.swarm\.judge_wire)", text, re.MULTILINE
+        ), path
+        if re.search(r"^\s*(import|from) (openai|httpx2)\b", text, re.MULTILINE):
+            assert name_of(path) == "assay.swarm.judge_wire"
+
+
 def test_attacks_never_import_screens() -> None:
     for path in MODULES:
         if "attacks" in path.with_suffix("").parts:

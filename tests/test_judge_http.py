@@ -1,24 +1,31 @@
 """A judge behind HTTP: every way in which an endpoint fails is an abstention, in bounded time and memory.
 
 The server is a real one on loopback whose replies the test chooses: what is tried is the client. The real model behind a
-real server is the slow test at the end.
+real server (`transformers serve`) is the slow test at the end.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils.import_utils import is_serve_available
 
+import assay.swarm
 from assay import models
 from assay.config import ConfigError
+from assay.swarm import judge_wire
 from assay.swarm.judge import Endpoint, HttpJudge, Judge, make_judge
 from assay.swarm.judge_chat import answers_itself, clean, compose
 from assay.verdict import Reason
@@ -226,6 +233,78 @@ def test_nobody_there_and_an_address_that_is_none() -> None:
         make_judge("m", url="http://127.0.0.1:1/v1", concurrency=0)
 
 
+def test_nothing_of_the_environment_reaches_the_endpoint(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client package reads all of these by itself. Only the key that the config names is sent, and to no proxy."""
+    elsewhere = "http://127.0.0.1:1/v1"
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET"):
+        monkeypatch.setenv(f"OPENAI_{name}", "not-for-you")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-More: not-for-you\nAuthorization: Bearer not-for-you")
+    monkeypatch.setenv("OPENAI_BASE_URL", elsewhere)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, elsewhere)
+    for key, sent in (("", {}), ("k-7", {"authorization": "Bearer k-7"})):
+        monkeypatch.setenv("JUDGE_KEY", key)
+        (answer,) = judge(server, api_key_env="JUDGE_KEY").generate([PROMPT], max_tokens=8, seed=0)
+        assert answer.text.endswith("DECISION: accept")
+        headers = {name.lower(): value for name, value in server.headers[-1].items()}
+        assert int(headers.pop("content-length")) > 0
+        assert headers == {
+            "host": server.url.split("/")[2], "content-type": "application/json", "accept": "application/json",
+            "accept-encoding": "identity", "user-agent": "assay", **sent,
+        }  # fmt: skip
+    keys = {"model", "messages", "max_tokens", "temperature", "seed", "stream"}
+    assert all(set(body) == keys for body in server.bodies)
+
+
+@pytest.mark.parametrize("after", ["1e9", "121", "inf", "nan", "-5", "Wed, 21 Oct 2099 07:28:00 GMT", "soon"])
+def test_what_an_endpoint_asks_about_tries_is_bounded(
+    server: Server, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """`openai` alone gives up where more than two minutes are asked for, and obeys `x-should-retry` for any status."""
+    monkeypatch.setattr(judge_wire, "LONGEST_WAIT", 0.05)
+    told = {"Retry-After": after, "Retry-After-Ms": "90000", "X-Should-Retry": "false"}
+    server.reply = lambda s, b: (429, told, b"") if len(s.bodies) == 1 else (401, {"X-Should-Retry": "true"}, b"")
+    (answer,) = judge(server, retries=5).generate([PROMPT], max_tokens=8, seed=0)
+    assert "says 401" in answer.problem
+    assert len(server.bodies) == 2
+
+
+def test_a_compressed_reply_is_not_unpacked(server: Server) -> None:
+    """Nobody asked for it, and a few kilobytes can become gigabytes."""
+    raw = gzip.compress(said("DECISION: accept" + " " * 100_000))
+    assert len(raw) < 1_000
+    server.reply = lambda s, b: (200, {"Content-Encoding": "gzip"}, raw)
+    (answer,) = judge(server, max_bytes=1_000).generate([PROMPT], max_tokens=8, seed=0)
+    assert "no chat completion" in answer.problem
+
+
+def test_an_endpoint_that_trickles_headers_is_hung_up_on_when_the_round_is_over(server: Server) -> None:
+    """No single read of a socket takes long; left alone, it would hold a thread (and the end of the process) for days."""
+    hung_up = threading.Event()
+
+    def trickle(self: Handler) -> None:
+        try:
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Long: ")
+            for _ in range(3_000):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+        except OSError:
+            hung_up.set()
+
+    server.RequestHandlerClass = type("Trickling", (Handler,), {"do_POST": trickle})
+    (answer,) = judge(server, timeout=50.0, deadline=0.5).generate([PROMPT], max_tokens=8, seed=0)
+    assert "time for this round was over" in answer.problem
+    assert hung_up.wait(30)
+
+
+def test_without_the_client_package_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(assay.swarm, "judge_wire")
+    monkeypatch.delitem(sys.modules, "assay.swarm.judge_wire")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"needs openai .* pip install 'assay\[judge\]'"):
+        make_judge("m", url="http://127.0.0.1:1/v1")
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_an_endpoint_that_echoes_accepts_nobody(server: Server, text: str) -> None:
     """Over the wire: what a text says reaches the server with its markup broken, and comes back as no decision."""
@@ -253,20 +332,62 @@ def chat_with(base: models.Base) -> Reply:
     return reply
 
 
+@pytest.fixture
+def real(server: Server, tmp_path: Path) -> Iterator[tuple[str, str, list[dict[str, Any]] | None]]:
+    """SmolLM2 behind `transformers serve` where its packages are installed, else behind our own server, which also writes
+    down what it was asked: address, model, requests."""
+    weights = str(models.resolve(models.DEFAULT))
+    if not is_serve_available():
+        server.reply = chat_with(models.load(models.DEFAULT))
+        yield server.url, "smollm2", server.bodies
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", weights, "--device", "cpu"]
+    with (tmp_path / "log").open("wb") as log:
+        serve = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", port], stdout=log, stderr=log)
+        try:
+            up = until(lambda: serve.poll() is not None or socket.socket().connect_ex(("127.0.0.1", int(port))) == 0)
+            assert up, "it never listened"
+            assert serve.poll() is None, (tmp_path / "log").read_text()[-2_000:]
+            yield f"http://127.0.0.1:{port}/v1", weights, None
+        finally:
+            serve.terminate()
+            serve.wait(60)
+
+
+def until(happened: Callable[[], bool], seconds: float = 300.0) -> bool:
+    end = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
+
+
 @pytest.mark.slow
-def test_smollm2_behind_a_real_server_judges_the_hostile_corpus(server: Server) -> None:
+def test_smollm2_behind_a_real_server_judges_the_hostile_corpus(
+    real: tuple[str, str, list[dict[str, Any]] | None],
+) -> None:
     """The whole way with a real model: an answer to every text that may be asked about, and none of the texts that hold a
     decision is accepted. SmolLM2 is too small to judge: nearly all of its answers are cut off or no decision."""
-    models.resolve(models.DEFAULT)
-    server.reply = chat_with(models.load(models.DEFAULT))
-    screen = make_judge("smollm2", url=server.url, style="decision", concurrency=4, timeout=600.0, deadline=600.0)
+    url, model, bodies = real
+    screen = make_judge(model, url=url, style="decision", concurrency=4, timeout=600.0, deadline=600.0)
     verdicts, state = screen.screen(pool(GOOD, *HOSTILE), {})
-    print(state["counts"], [v.sentence for v in verdicts])
+    print("transformers serve" if bodies is None else "own server", state["counts"], [v.sentence for v in verdicts])
     asked = [v for v in verdicts if v.evidence["tokens_in"] > 0]
-    assert len(asked) == len(server.bodies) > 5, "every request was answered, none twice"
+    assert len(asked) > 5
+    assert not any("endpoint" in v.sentence or "time for this round" in v.sentence for v in verdicts), (
+        "all were answered"
+    )
+    assert all(v.evidence["tokens_out"] > 0 for v in asked)
     assert all(v.weight == 0 for v, text in zip(verdicts[1:], HOSTILE) if answers_itself(clean(text)[0]))
     assert all(v.reason in (Reason.OK, Reason.JUDGE, Reason.ABSTAINED) for v in verdicts)
-    sent = json.dumps([b["messages"] for b in server.bodies], ensure_ascii=False)
-    assert not any(mark in sent for mark in ("<|im_end|>", "<|im_start|>", "\u200b", "\u202e", "\U000e0044"))
-    assert max(len(json.dumps(b)) for b in server.bodies) < 20_000, "a text of 100,000 characters is not sent"
     assert state["counts"]["latency"] > 0
+    if bodies is None:
+        return
+    assert len(asked) == len(bodies), "every request was answered, none twice"
+    sent = json.dumps([b["messages"] for b in bodies], ensure_ascii=False)
+    assert not any(mark in sent for mark in ("<|im_end|>", "<|im_start|>", "\u200b", "\u202e", "\U000e0044"))
+    assert max(len(json.dumps(b)) for b in bodies) < 20_000, "a text of 100,000 characters is not sent"

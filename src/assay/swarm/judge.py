@@ -4,7 +4,7 @@ Reward becomes r_rlvr * r_judge: a rejected completion keeps its place in the gr
 paper: `criticism` writes its doubts before the decision, `decision` only decides (there it let 86% of TEXT pass instead
 of 4%, and accepted 95% of honest solutions instead of 75%). What is no decision (time-out, refusal, nonsense, an
 outage) is an abstention, for which the operator says whether it rejects (default) or passes. Prompts, fences and the
-parse are in judge_chat.py, local models in judge_model.py, endpoints in judge_http.py.
+parse are in judge_chat.py, local models in judge_model.py, endpoints in judge_http.py (its wire in judge_wire.py).
 
 None of this makes a weak judge a good one: SmolLM2-135M repeats its input and abstains from everything (3 honest and 3
 TEXT solutions, both styles, one beam, 12 and 60 tokens).

@@ -1,27 +1,22 @@
 """A judge behind any OpenAI-compatible endpoint: vLLM, llama.cpp, `transformers serve`, a hosted one.
 
-One POST to `/chat/completions` a prompt, a bounded number at a time, over the standard library: the one call that is
-needed is no reason for a client package. The endpoint is the operator's choice and is still not believed more than it
-must be: its body is bounded, redirects are not followed (they would carry the key elsewhere), and whatever is not an
-answer is an abstention with its reason. An endpoint gets text, so quoted text cannot be tokenised apart as a local
-judge does; `judge_chat.clean` has broken the chat markup in it.
+One chat completion a prompt, a bounded number at a time, by the `openai` package (extra `assay[judge]`), which also
+tries again. The endpoint is the operator's choice and is still not believed more than it must be: judge_wire.py bounds
+what it may send and how long it may take, redirects are not followed (they would carry the key elsewhere), and whatever
+is not an answer is an abstention with its reason. Replies are read here and not by `openai`, whose objects hold whatever
+types the endpoint sent. An endpoint gets text, so quoted text cannot be tokenised apart as a local judge does;
+`judge_chat.clean` has broken the chat markup in it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from email.message import Message as Headers
-from http.client import HTTPException
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -29,11 +24,6 @@ from pydantic import Field
 from assay.config import ConfigError
 from assay.config.common import Count, Frozen, Positive
 from assay.swarm.judge_chat import Answer, Message
-
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-"""Statuses that another try may mend."""
-LONGEST_WAIT = 30.0
-"""Seconds between two tries at most, whatever the endpoint asks for."""
 
 
 class Endpoint(Frozen):
@@ -53,15 +43,8 @@ class Endpoint(Frozen):
     price_out: Annotated[float, Field(ge=0.0)] = 0.0
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Headers, newurl: str
-    ) -> None:
-        return None
-
-
 class HttpJudge:
-    """Backend for `Judge`. ConfigError for an address that is none."""
+    """Backend for `Judge`. ConfigError for an address that is none, and where `openai` is not installed."""
 
     def __init__(self, url: str, model: str, settings: Endpoint | None = None) -> None:
         self.settings = settings or Endpoint()
@@ -70,78 +53,64 @@ class HttpJudge:
             raise ConfigError(
                 f"judge: {url!r} is no http(s) address; write http://host:port/v1, the key in the environment"
             )
-        self.url, self.model = url.rstrip("/") + "/chat/completions", model
+        try:
+            from assay.swarm import judge_wire
+        except ImportError as error:
+            raise ConfigError(f"a judge at a url needs openai ({error}); pip install 'assay[judge]'") from error
+        self._wire = judge_wire
+        self.base = url.rstrip("/")
+        self.url, self.model = self.base + "/chat/completions", model
         asked = self.settings.model_dump(include={"temperature"})
         self.id = f"{self.url}|{model}|{json.dumps(asked, sort_keys=True)}"  # not the key: ids are written down
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def generate(self, prompts: Sequence[Sequence[Message]], *, max_tokens: int, seed: int) -> list[Answer]:
         """An answer for each prompt in order, or its problem; at most `concurrency` requests at a time."""
-        until = time.monotonic() + self.settings.deadline
-        gate = threading.Semaphore(self.settings.concurrency)
-        out = [Answer(problem="the judge's time for this round was over")] * len(prompts)
+        settings = self.settings
+        wire = self._wire.Wire(
+            key=os.environ.get(settings.api_key_env, ""),
+            timeout=settings.timeout,
+            max_bytes=settings.max_bytes,
+            connections=settings.concurrency,
+        )
+        client = wire.client(self.base, settings.retries)
+        create = client.chat.completions.with_raw_response.create
+        until = wire.begin(settings.deadline)
+        out = [Answer(problem=self._wire.OVER)] * len(prompts)
 
         def one(at: int) -> None:
-            with gate:
-                answer = self._ask(prompts[at], max_tokens, (seed + at) % 2**31, until)
+            answer = self._ask(create, prompts[at], max_tokens, (seed + at) % 2**31)
             if time.monotonic() <= until:  # later, the caller has gone on
                 out[at] = answer
 
-        pool = ThreadPoolExecutor(min(self.settings.concurrency, max(1, len(prompts))))
+        pool = ThreadPoolExecutor(min(settings.concurrency, max(1, len(prompts))))
         futures = [pool.submit(one, at) for at in range(len(prompts))]
-        for future in futures:
-            try:
+        try:
+            for future in futures:
                 future.result(timeout=max(0.0, until - time.monotonic()))
-            except TimeoutError:
-                break
-        pool.shutdown(wait=False, cancel_futures=True)
+        except TimeoutError:
+            pass
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            wire.hang_up()
+            if all(future.done() for future in futures):
+                client.close()
         return list(out)
 
-    def _ask(self, prompt: Sequence[Message], max_tokens: int, seed: int, until: float) -> Answer:
-        """One prompt with its tries. Waits double, with jitter, and follow Retry-After within bounds."""
-        body = json.dumps(
-            {
-                "model": self.model,
-                "messages": [{"role": m.role, "content": m.text} for m in prompt],
-                "max_tokens": max_tokens,
-                "temperature": self.settings.temperature,
-                "seed": seed,
-                "stream": False,
-            }
-        ).encode()
-        begun, wait = time.monotonic(), 0.5
-        for turn in range(self.settings.retries + 1):
-            left = until - time.monotonic()
-            if left <= 0:
-                return Answer(problem="the judge's time for this round was over", seconds=time.monotonic() - begun)
-            raw, problem, after = self._post(body, min(self.settings.timeout, left))
-            if raw is not None:
-                return self._read(raw, time.monotonic() - begun)
-            if after is None or turn == self.settings.retries:
-                break
-            pause = min(max(after, wait * random.uniform(0.5, 1.0)), LONGEST_WAIT, max(0.0, until - time.monotonic()))
-            time.sleep(pause)
-            wait *= 2
-        return Answer(problem=problem, seconds=time.monotonic() - begun)
-
-    def _post(self, body: bytes, timeout: float) -> tuple[bytes | None, str, float | None]:
-        """The body of a good reply; or its problem and, where another try may help, seconds to wait before it."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "assay"}
-        if key := os.environ.get(self.settings.api_key_env):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, body, headers, method="POST")
+    def _ask(self, create: Callable[..., Any], prompt: Sequence[Message], max_tokens: int, seed: int) -> Answer:
+        """One prompt with its tries."""
+        begun = time.monotonic()
         try:
-            with self._opener.open(request, timeout=timeout) as reply:
-                raw = _bounded(reply, self.settings.max_bytes, time.monotonic() + timeout)
-        except urllib.error.HTTPError as error:
-            error.close()
-            return None, f"the judge's endpoint says {error.code}", _after(error) if error.code in AGAIN else None
-        except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
-            reason = getattr(error, "reason", error)
-            return None, f"the judge's endpoint cannot be reached: {type(reason).__name__}", 0.0
-        if len(raw) > self.settings.max_bytes:
-            return None, f"the judge's reply is longer than {self.settings.max_bytes} bytes", None
-        return raw, "", None
+            reply = create(
+                model=self.model,
+                messages=[{"role": m.role, "content": m.text} for m in prompt],
+                max_tokens=max_tokens,
+                temperature=self.settings.temperature,
+                seed=seed,
+                stream=False,
+            )
+        except self._wire.OpenAIError as error:
+            return Answer(problem=self._wire.problem_of(error), seconds=time.monotonic() - begun)
+        return self._read(reply.content, time.monotonic() - begun)
 
     def _read(self, raw: bytes, seconds: float) -> Answer:
         """An answer out of a reply, or what is wrong with it."""
@@ -163,28 +132,7 @@ class HttpJudge:
         return replace(spent, text=text)
 
 
-def _bounded(reply: Any, most: int, until: float) -> bytes:
-    """The body, or the part of it that shows it to be too long. TimeoutError where it only trickles in: the socket's own
-    time-out begins again with every byte."""
-    parts, size = [], 0
-    while size <= most and (part := reply.read1(1 << 16)):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > until:
-            raise TimeoutError
-    return b"".join(parts)
-
-
 def _count(usage: Any, key: str) -> int:
     """A count the endpoint claims: a whole number that can be, else 0."""
     found = usage.get(key) if isinstance(usage, Mapping) else None
     return found if type(found) is int and 0 <= found < 1 << 40 else 0
-
-
-def _after(error: urllib.error.HTTPError) -> float:
-    """Seconds the endpoint asks to wait; 0 where it says nothing one can read."""
-    try:
-        found = float(error.headers.get("Retry-After", "0"))
-    except ValueError:
-        return 0.0
-    return found if 0 <= found <= LONGEST_WAIT else LONGEST_WAIT if found > 0 else 0.0
