@@ -35,6 +35,8 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 
+smartquotes = False  # --set is no dash
+
 html_theme = "furo"
 html_title = "Assay"
 html_extra_path = ["root"]  # an index.html that leads to the first page
@@ -66,12 +68,12 @@ class CommandHelp(Directive):
         return found
 
 
-def _table(rows: list[tuple[str, str]]) -> nodes.field_list:
-    fields = nodes.field_list()
+def _table(rows: list[tuple[str, str]]) -> nodes.definition_list:
+    found = nodes.definition_list()
     for name, words in rows:
-        body = nodes.field_body("", nodes.paragraph("", words))
-        fields += nodes.field("", nodes.field_name("", name), body)
-    return fields
+        said = nodes.paragraph("", words.replace("\\[", "["))  # escaped for the terminal's markup
+        found += nodes.definition_list_item("", nodes.term("", "", nodes.literal("", name)), nodes.definition("", said))
+    return found
 
 
 def _as_markdown(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -17,7 +17,7 @@ import typer
 
 from assay import config, ledger
 from assay.cli import app
-from assay.federated import aggregators, attacks, screens
+from assay.federated import aggregators, attacks, population, screens
 from assay.report import swarm_view, view
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,18 @@ def test_commands_parse_and_files_they_name_are_here(page: Path) -> None:
         for word in rest:
             if word.startswith("examples/"):
                 assert (ROOT / word).exists(), f"{page.name}: {word}"
+
+
+def test_the_experiment_of_the_quick_start_finds_its_rows() -> None:
+    """Parsing is not enough: twenty clients want more rows than the built-in data have, unless told otherwise."""
+    (text,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / "docs" / "QUICKSTART.md").read_text(), re.S | re.M)
+    experiment = config.parse(tomllib.loads(text))
+    assert isinstance(experiment, config.Experiment)
+    clients = population.make_clients(experiment, population.load_sources(experiment))
+    assert len(clients) == experiment.clients.total
+    assert sum(client.malicious for client in clients) == experiment.clients.malicious_count
+    assert population.make_attack(experiment).parts
+    assert aggregators.from_config(experiment.aggregation, {}) is not None
 
 
 def test_the_pages_with_commands_are_read() -> None:
