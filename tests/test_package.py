@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 def call(*words: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        [str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, timeout=1800, check=False
+        [str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, timeout=3600, check=False
     )
     assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
