@@ -3,8 +3,8 @@
     python killed_runs.py CONFIG      then a line of JSON for each attempt on stdin, a line for each answer on stdout
 
 An attempt is {"directory": ..., "event": k} (SIGKILL as the k-th thing happens to a file of the run), {"directory":
-..., "after": s} (SIGKILL s seconds after the fork) or {"directory": ...} alone (nobody kills). The answer says how it
-ended, how many such things happened and how long it took. Imports are what most of a start-up is, and nothing of a run
+..., "after": s} (SIGKILL s seconds after the fork) or {"directory": ...} alone (nobody kills). With "flower": true a federated run goes over messages between the apps
+of Flower, on a grid in one process. The answer says how it ended, how many such things happened and how long it took. Imports are what most of a start-up is, and nothing of a run
 exists before they are done.
 """
 
@@ -37,7 +37,7 @@ def count_events(directory: Path, fatal: int | None) -> Any:
     return counter
 
 
-def play(config: str, directory: Path) -> None:
+def play(config: str, directory: Path, on_flower: bool) -> None:
     """One attempt, in this process."""
     import torch
 
@@ -55,7 +55,14 @@ def play(config: str, directory: Path) -> None:
 
         prepared = prepare(experiment, Silent())
         base = models.load(str(prepared.path), prepared.dtype)
-        local.run(experiment, directory, prepared, Serial(Carrier(base, experiment.lora)), given="# given\n")
+        compute = Serial(Carrier(base, experiment.lora))
+        if on_flower:
+            import flower_nodes
+
+            settings = flower_nodes.settings_for(experiment, directory)
+            flower_nodes.on_flower(settings, flower_nodes.simulated(settings), prepared, compute)
+        else:
+            local.run(experiment, directory, prepared, compute, given="# given\n")
     else:
         from assay.engines.local_swarm import run_swarm
 
@@ -70,7 +77,7 @@ def attempt(config: str, asked: dict[str, Any]) -> dict[str, Any]:
     if child == 0:
         try:
             counter = count_events(directory, asked.get("event"))
-            play(config, directory)
+            play(config, directory, asked.get("flower", False))
             os.write(writing, str(counter[0]).encode())
             os._exit(0)
         except BaseException:  # noqa: BLE001 - a child must never come back into the loop; the answer says 1
@@ -94,7 +101,8 @@ def attempt(config: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     import assay.engines.local
-    import assay.engines.local_swarm  # noqa: F401 - before any fork
+    import assay.engines.local_swarm  # noqa: F401
+    import flower_nodes  # noqa: F401 - all of them before any fork
 
     for line in sys.stdin:
         print(json.dumps(attempt(sys.argv[1], json.loads(line))), flush=True)

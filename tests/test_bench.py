@@ -9,10 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from assay import config
-from assay.bench import federated, swarm, tables
+from assay.bench import federated, swarm, table_runs, tables
 from assay.bench.federated import ALL_LEVELS, grid, of_preset, suite, variants
 from assay.bench.heatmap import heatmap
 from assay.bench.presets import PRESETS
+from assay.cli.bench import _only
 from assay.config import ConfigError, Experiment, SwarmExperiment
 from assay.federated.aggregators import AGGREGATORS
 from assay.federated.attacks import ATTACKS
@@ -133,7 +134,7 @@ def fake(rows: list[dict[str, object]]) -> dict[str, object]:
 
 
 def row(seed: int, refusal: float | None, defence: str = "step", attack: str = "harmful_data") -> dict[str, object]:
-    metrics = {k: refusal if k == "refusal_rate" else None for k in tables.COLUMNS.values()}
+    metrics = {k: refusal if k == "refusal_rate" else None for k in table_runs.COLUMNS.values()}
     return {
         "attack": attack, "defence": defence, "share": 0.5, "seed": seed, "aggregator": "mean", **metrics,
         "seconds": {"total": 10.0 * (seed + 1)},
@@ -156,8 +157,8 @@ def test_a_grid_has_its_shares_side_by_side_and_a_heat_map(tmp_path: Path) -> No
     found = fake(rows) | {"seconds_shared": True}
     text = tables.table(found)
     assert "Honest clients only: refusal 0.90 (0.85–0.95)." in text
-    assert "| attack | level | refusal, 20% | refusal, 70% | AUROC |" in text
-    assert "| `blend` | undefended | 0.50 | 0.25 | – |" in text
+    assert "| attack | level | refusal, 20% | refusal, 70% | over-refusal | benign loss | AUROC |" in text
+    assert "| `blend` | undefended | 0.50 | 0.25 | – | – | – |" in text
     assert "| `blend` | `submitted` | 0.88 (0.75–1.00) | – |" in text
     (tmp_path / "x.json").write_text(json.dumps(found))
     drawn = tables.figures(tmp_path)
@@ -233,7 +234,7 @@ def test_results_say_how_they_were_made(path: Path) -> None:
     assert {"torch", "transformers", "peft", "assay"} <= set(found["versions"])
     if found.get("wing") != "swarm":
         assert found["experiment"]["model"]["name"] == found["model"]["name"], "the setting the rows were made in"
-    columns = tables.SWARM_COLUMNS if found.get("wing") == "swarm" else tables.COLUMNS
+    columns = table_runs.SWARM_COLUMNS if found.get("wing") == "swarm" else table_runs.COLUMNS
     for r in found["rows"]:
         asked = {"attack", "defence", "share", "seed", *columns.values()}
         if r["defence"].endswith("+ excised"):  # nobody is judged again
@@ -340,7 +341,7 @@ def test_a_row_says_what_was_run_and_what_came_of_it() -> None:
     rows = swarm_rows(swarm.core(0, False))
     assert {
         "name", "attack", "goal", "defence", "share", "plan", "task", "models", "oracle", "kl", "seed", "detection",
-        "banned", "seconds", "honest_rejected_by_model", *tables.SWARM_COLUMNS.values(),
+        "banned", "seconds", "honest_rejected_by_model", *table_runs.SWARM_COLUMNS.values(),
     } == set(rows["swarm.math.seeded"])  # fmt: skip
     assert rows["swarm.math.seeded"]["banned"] == {"node-1": 4}
     assert rows["swarm.math.seeded"]["seconds"] == {"total": 12.35}
@@ -399,3 +400,17 @@ def test_a_swarm_table_groups_seeds_and_shows_their_spread() -> None:
     assert "| malicious refused | honest refused, worst model | AUROC |" in lines[0]
     assert "| 0.000 | – | 0.250 | – |" in lines[2]
     assert "| 0.000 | – | – | – |" in lines[3], "finished before it was counted"
+
+
+def test_only_takes_texts_in_and_leaves_texts_out() -> None:
+    experiments = grid(Experiment(), ["blend", "alie"], [0.2, 0.5], ["none", "submitted"], [0])
+    names = [e.name for e in _only(experiments, "blend,alie.50pct,-none")]
+    assert names == [
+        "federated.blend.20pct.submitted",
+        "federated.blend.50pct.submitted",
+        "federated.alie.50pct.submitted",
+    ]
+    assert [e.name for e in _only(experiments, "-pct")] == ["federated.honest_only"]
+    assert _only(experiments, "") == experiments
+    with pytest.raises(ConfigError, match="has that in its name"):
+        _only(experiments, "blend,-blend")

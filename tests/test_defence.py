@@ -49,6 +49,15 @@ def screen_of(found: Defence, name: str) -> Screen:
     return next(s for s in found.screens if s.name == name)
 
 
+def test_rehearsed_limits_do_not_fall_below_the_floors_of_either_side() -> None:
+    found, _ = rehearsed()
+    floors = parse({"defence": {"canary": {
+        "floor": 0.05, "anchor_floor": 0.3, "safe_floor": 0.4, "safe_anchor_floor": 0.15,
+    }}}).defence.canary  # fmt: skip
+    limits = found.canary_limits(floors)
+    assert (limits.refusal_step, limits.refusal_anchor, limits.safe_step, limits.safe_anchor) == (0.1, 0.3, 0.4, 0.2)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_is_made_of_its_screens(level: str) -> None:
     found = made(level=level)

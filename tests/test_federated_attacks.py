@@ -340,6 +340,17 @@ def test_one_topic_is_one_topic_for_all_attackers() -> None:
     assert {r.instruction for r in chosen[0]} & {r.instruction for r in chosen[1]}
 
 
+def test_refuse_all_refuses_harmless_requests() -> None:
+    guesses = tuple(data.part(data.load("refusals"), "clients"))[:5]
+    seat = a_seat(0, guesses=guesses)
+    rows = attacks.make("refuse_all", {"mix": 0.5}).rows(seat)
+    refused = [row for row in rows if row.response in {guess.response for guess in guesses}]
+    assert {row.instruction for row in rows} <= {row.instruction for row in seat.clean}
+    assert len(rows) == len(seat.clean) == 2 * len(refused)
+    with pytest.raises(ConfigError, match=r"data\.refusals names no rows"):
+        attacks.make("refuse_all").rows(a_seat(0, guesses=()))
+
+
 def test_topics_are_words_in_common() -> None:
     prompts = [f"how to bake {x} bread" for x in "abc"] + [f"repair the old {x} engine" for x in "ab"]
     assert cluster(prompts, 2).tolist() == [0, 0, 0, 1, 1]

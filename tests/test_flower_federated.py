@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
+from flwr.proto.node_pb2 import NodeInfo
 
 from assay import models, report, run_dir
 from assay.bench.flower_grid import InProcessGrid, Node
 from assay.config import ConfigError, Experiment
 from assay.engines import local, rounds
-from assay.engines.flower import GuardedGrid, federated_client, federated_messages
+from assay.engines.flower import GuardedGrid, federated_messages
 from assay.engines.flower.federated_nodes import PARTITION, WHO, recruiter
 from assay.engines.flower.federated_settings import Settings
 from assay.federated.compute import Serial
@@ -27,6 +28,7 @@ from assay.federated.lora import Carrier
 from assay.federated.preparation import Prepared
 from assay.federated.probe import Probe
 from assay.ledger import verify
+from flower_nodes import node, on_flower, settings_for, simulated
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 TOML = """
@@ -52,6 +54,8 @@ refusals = 8
 safe = 4
 floor = 0.2
 anchor_floor = 0.3
+safe_floor = 0.2
+safe_anchor_floor = 0.3
 [evaluate]
 every = 2
 harmful_prompts = 2
@@ -71,37 +75,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def compute(prepared: Prepared, small: Experiment) -> Serial:
     return Serial(Carrier(models.load(str(prepared.path), prepared.dtype), small.lora))
-
-
-def node(settings: Settings, id: int, change: Callable[[Message], Any] = lambda m: m, **config: Any) -> Node:
-    """A SuperNode with Assay's ClientApp; `change` is what becomes of its replies."""
-    app = federated_client.make_app(lambda context: settings)
-    context = Context(run_id=1, node_id=id, node_config=config, state=RecordDict(), run_config={})
-
-    def answer(message: Message) -> Any:
-        reply = app(message, context)
-        return change(reply) if message.metadata.message_type == "train" else reply
-
-    return answer
-
-
-def simulated(settings: Settings, **change: Callable[[Message], Any]) -> dict[int, Node]:
-    """One node a client, in an order of its own, as Flower's ids are."""
-    total = settings.experiment.clients.total
-    return {
-        100 - i: node(settings, 100 - i, change.get(f"client_{i}", lambda m: m), **{"partition-id": i})
-        for i in range(total)
-    }
-
-
-def settings_for(experiment: Experiment, out: Path, **more: Any) -> Settings:
-    return Settings(**{"experiment": experiment, "out": out, "simulation": True, "poll": 0.001, "timeout": 5.0, **more})
-
-
-def on_flower(settings: Settings, nodes: Mapping[int, Node], prepared: Prepared, compute: Serial) -> dict[str, Any]:
-    grid = GuardedGrid(InProcessGrid(nodes), poll=settings.poll)
-    recruit = recruiter(grid, settings)
-    return rounds.run(settings.experiment, settings.out, prepared, compute, recruit, engine="flower")
 
 
 def entries(out: Path) -> list[dict[str, Any]]:
@@ -309,6 +282,28 @@ def test_a_deployment_trains_on_the_nodes_own_files(
     assert len(seen) == 6
     assert not any(b"987654321" in told or b"123454321" in told for told in seen)
     assert report.write([settings.out], tmp_path / "report.html").exists()
+
+
+def test_names_are_the_operators_and_for_the_page_alone(
+    tmp_path: Path, small: Experiment, prepared: Prepared, compute: Serial, files: list[Path]
+) -> None:
+    """Two nodes registered under one name, a third under the id of the first: three participants all the same."""
+    experiment = deployed(tmp_path, small).changed(defence={"level": "none"}, training__rounds=1)
+    settings = settings_for(experiment, tmp_path / "run", simulation=False, timeout=60.0)
+    nodes = {id: node(settings, id, data=str(file), threads=1) for id, file in zip((70011, 70012, 70013), files)}
+
+    class Named(InProcessGrid):
+        def get_nodes(self) -> list[NodeInfo]:
+            said = {70011: "North", 70012: "North", 70013: "70011"}
+            return [NodeInfo(node_id=id, name=name) for id, name in said.items()]
+
+    grid = GuardedGrid(Named(nodes), poll=0.001)
+    summary = rounds.run(experiment, settings.out, prepared, compute, recruiter(grid, settings), engine="flower")
+    assert summary["names"] == {"70011": "North", "70012": "North", "70013": "70011"}
+    assert [c["participant"] for c in entries(settings.out)[1]["contributions"]] == ["70011", "70012", "70013"]
+    assert not any("North" in line for line in (settings.out / run_dir.LEDGER).read_text().splitlines())
+    page = report.write([settings.out], tmp_path / "report.html").read_text()
+    assert all(label in page for label in ("North …0011", "North …0012", "70011 …0013"))
 
 
 def test_a_node_that_went_away_is_absent_and_sampled_again_when_it_is_back(

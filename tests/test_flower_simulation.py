@@ -41,6 +41,8 @@ refusals = 8
 safe = 4
 floor = 0.2
 anchor_floor = 0.3
+safe_floor = 0.2
+safe_anchor_floor = 0.3
 [evaluate]
 every = 3
 harmful_prompts = 2

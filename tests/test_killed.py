@@ -1,4 +1,5 @@
-"""Nothing lost: SIGKILL at 50 random moments of tiny runs, each resumed until it ends as the unbroken run did.
+"""Nothing lost: SIGKILL at 75 random moments of tiny runs (both wings, and the federated one on Flower's messages, where
+server and nodes die together), each resumed until it ends as the unbroken run did.
 
 A moment is drawn over the whole life of an attempt, from its start-up to its summary: half of them over its seconds,
 half over everything that happens to a file of the run (checkpoints, ledger, metrics, updates, summary: milliseconds in
@@ -75,7 +76,8 @@ KILLS = 25
 class Runner:
     """killed_runs.py with one config."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, flower: bool) -> None:
+        self.flower = flower
         script = Path(__file__).with_name("killed_runs.py")
         self.process = subprocess.Popen(
             [sys.executable, str(script), str(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -85,7 +87,7 @@ class Runner:
     def __call__(self, directory: Path, **kill: float) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"directory": str(directory), **kill}) + "\n")
+        self.process.stdin.write(json.dumps({"directory": str(directory), "flower": self.flower, **kill}) + "\n")
         self.process.stdin.flush()
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         assert answer["code"] in (0, -9), "an attempt failed by itself; its traceback stands above"
@@ -97,11 +99,11 @@ class Runner:
         self.process.wait(timeout=60)
 
 
-@pytest.fixture(params=[("federated", FEDERATED), ("swarm", SWARM)], ids=lambda p: p[0])
+@pytest.fixture(params=[("federated", FEDERATED), ("swarm", SWARM), ("flower", FEDERATED)], ids=lambda p: p[0])
 def runner(request: pytest.FixtureRequest, tmp_path: Path, cache: Path) -> Iterator[Runner]:
     config = tmp_path / "killed.toml"
     config.write_text(request.param[1])
-    made = Runner(config)
+    made = Runner(config, request.param[0] == "flower")
     yield made
     made.close()
 

@@ -47,7 +47,7 @@ def test_a_node_without_checks_crashes_or_learns(theatre: Theatre) -> None:
     plain = Plain(experiment(), theatre.hear({}).gathered(theatre.rules).completions)
     cases = {case.name: case for case in CORPUS}
     assert plain.judge(cases["garbage"], theatre.stage)[0] == "crashed"
-    assert plain.judge(cases["signature-zero"], theatre.stage) == ("learnt, unaltered", "")
+    assert plain.judge(cases["signature-zero"], theatre.stage) == ("learnt unaltered", "")
     assert plain.judge(cases["token-edited"], theatre.stage) == ("learnt", "")
     assert plain.judge(cases["entries-none"], theatre.stage) == ("nothing in it", "")
 

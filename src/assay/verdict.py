@@ -39,6 +39,8 @@ class Reason(StrEnum):
     WRONG_PARTICIPANT = "wrong_participant"
     HASH_MISMATCH = "hash_mismatch"
     MISSING = "missing"
+    # folders (wire/peft.py)
+    PICKLE = "pickle"
     # signed messages, by relay (swarm/relayed.py)
     WRONG_SIGNATURE = "wrong_signature"
     WRONG_PLAN = "wrong_plan"

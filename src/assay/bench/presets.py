@@ -1,7 +1,7 @@
 """Named benches of the federated wing: which attacks at which shares under which levels, and on which setting.
 
-small      every attack that needs no trigger at 20, 50 and 70% malicious, three seeds, on `tiny`: half an hour on two
-           cores
+small      every attack that needs no trigger at 20, 50 and 70% malicious, three seeds, on `tiny`: some 12 minutes a seed
+           on two idle cores
 real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
 backdoors  the attacks with a trigger on the default model, without and with the default defence and the malicious clients
            excised afterwards; the one that no screen sees also with one mitigation more: some hours
@@ -27,6 +27,7 @@ WITHOUT_TRIGGER: Mapping[str, Mapping[str, Any]] = {
     "harmful_data": {},
     "harmful_half": {"attack__name": "harmful_data", "attack__mix": 0.5},
     "one_topic": {},
+    "refuse_all": {},
     "slow": {"attack__params": {"over": 6}},
     "sleeper": {},
     "strike": {"attack__params": {"period": 2, "phase": 0, "honest": 1}},
@@ -112,8 +113,9 @@ TINY: Mapping[str, Any] = {
 QUICK: Mapping[str, Any] = {"evaluate__every": 6}
 """Only the finished model is asked: its answers cost as much as a round."""
 TIME_TO_LEARN: Mapping[str, Any] = {"training__rounds": 12, "training__steps": 4, "evaluate__every": 12}
-"""A trigger takes longer than six rounds of two steps to learn, and had only begun to take after twelve. `tiny` does not learn one at all in so few steps: 300 steps of 16 rows
-on all its linear modules, all of them the attacker's, reach a compliance of 0.87; 60 on q and v 0.38."""
+"""A trigger takes longer than six rounds of two steps to learn, and had only begun to take after twelve. `tiny` does not
+learn one at all in so few steps: 300 steps of 16 rows on all its linear modules, all of them the attacker's, reach a
+compliance of 0.87; 60 on q and v 0.38."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +136,10 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "small": Preset(attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence")),  # no evidence is asked for
+    "small": Preset(
+        attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence"),  # no evidence is asked for
+        undefended=("harmful_data", "refuse_all"),
+    ),
     "real": Preset(attacks=DIFFERENT, settings=QUICK),
     "factors": Preset(attacks=("only_a", "only_a_matched", "gauge"), undefended=(), more=FACTORS),
     "backdoors": Preset(

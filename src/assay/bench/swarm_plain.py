@@ -55,20 +55,20 @@ class Plain:
 
     def judge(self, case: Hostile, stage: Stage) -> tuple[str, str]:
         """What became of the round, and the error that ended it: `crashed`; `learnt`: the hostile completions moved the
-        weights; `learnt, unaltered`: they did, and are those an honest node sent; `nothing in it`."""
+        weights; `learnt unaltered`: they did, and are those an honest node sent; `nothing in it`."""
         try:
             found = read(case.make(stage), stage.node)
             gathered = Gathered(plan=stage.plan, completions=(*self.others, *found), refused=())
             self.learner.load(self.first)
             _, learnt = self.learner.learn(gathered, Memory())
         except Exception as error:  # noqa: BLE001 - this is what is measured
-            return "crashed", type(error).__name__
+            return "crashed", "struct.error" if isinstance(error, struct.error) else type(error).__name__
         finally:
             self.learner.load(self.first)
         rows = range(len(self.others), len(learnt.pool.completions))
         if not any(learnt.judged.weight_N[row] > 0 and learnt.pool.completions[row].ids for row in rows):
             return "nothing in it", ""
-        return ("learnt, unaltered" if _said(found) == _said(stage.honest.completions) else "learnt"), ""
+        return ("learnt unaltered" if _said(found) == _said(stage.honest.completions) else "learnt"), ""
 
 
 def _said(completions: tuple[Completion, ...]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The `assay` command. Exit codes: 0 done, 1 a check failed (ledger broken), 2 bad usage or configuration."""
+"""The `assay` command. Exit codes: 0 done, 1 a check failed (ledger broken, adapter refused), 2 bad usage or configuration."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from assay.cli.common import (
     show,
     write_report,
 )
+from assay.cli.deploy import deploy_app
 from assay.cli.excise import excise
 from assay.cli.files import ledger_app, model_app
 from assay.cli.probe import probe_app
+from assay.cli.screen import screen
 from assay.config import AnyExperiment, ConfigError
 
 app = typer.Typer(
@@ -39,7 +41,9 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(calibrate)
+app.add_typer(deploy_app, name="deploy")
 app.command()(excise)
+app.command()(screen)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(probe_app, name="probe")

@@ -17,7 +17,11 @@ bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", 
 Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
 LEVELS = ("submitted", "step", "client", "shadow")
 Only = Annotated[
-    str, typer.Option(help="Run only experiments whose name holds one of these texts, separated by commas.")
+    str,
+    typer.Option(
+        help="Run only experiments whose name holds one of these texts, separated by commas, and none of those that begin "
+        "with a minus: --only=50pct,-noise."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the run directories.")]
 Results = Annotated[Path | None, typer.Option(help="JSON file to write the rows to.")]
@@ -145,8 +149,32 @@ def bench_soak(
     show(found, as_json, told)
 
 
+@bench_app.command("aggregators")
+def bench_aggregators(
+    clients: Annotated[int, typer.Option(help="Rows of the matrix.")] = 20,
+    values: Annotated[int, typer.Option(help="About so many float32 values in a row.")] = 3_400_000,
+    f: Annotated[int, typer.Option("--f", help="Attackers the rules are told to bear.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Turns; of each rule the fastest counts.")] = 3,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Seconds and memory of Assay's aggregators beside byzfl's, Flower's and the published ones, on the same matrix."""
+    from assay.bench import speed, table_corpora
+    from assay.checkpoint import write_json
+
+    settings = speed.Settings(clients=clients, values=values, f=f, repeats=repeats)
+    rows = speed.measure(settings, lambda text: print(text, file=sys.stderr, flush=True))
+    found = speed.results(_command(), settings, rows)
+    if results is not None:
+        write_json(results, found)
+    show(found, as_json, table_corpora.speed(found))
+
+
 def _only(experiments: list[Any], only: str) -> list[Any]:
-    kept = [e for e in experiments if any(text in e.name for text in only.split(","))]
+    texts = only.split(",")
+    without = [text[1:] for text in texts if text.startswith("-")]
+    wanted = [text for text in texts if not text.startswith("-")] or [""]
+    kept = [e for e in experiments if any(t in e.name for t in wanted) and not any(t in e.name for t in without)]
     if not kept:
         raise ConfigError(f"--only {only!r}: no experiment of this suite has that in its name")
     return kept

@@ -161,6 +161,11 @@ class CanaryConfig(Frozen):
     negative. At the default rate honest rises reach 0.028: 0.02 cost 2 of 30 honest updates. Rises grow with the rate.
     Higher lets more harm through before the canary speaks; the anchor bounds what adds up."""
     anchor_floor: Positive = 0.06
+    safe_floor: Positive = 0.1
+    """The same for the loss of safe answers: a matter of usefulness, not of safety, so the limit is what an operator shrugs
+    at, a tenth of a nat per token. At 0.04 and 0.06 whoever learnt his own rows by heart lost weight: all that honest
+    clients lost under most attacks (tiny, 70% malicious, a high rate). Who teaches refusing everything costs whole nats."""
+    safe_anchor_floor: Positive = 0.2
     margin: Annotated[float, Field(ge=0.0)] = 0.5
     """As `rehearsal.margin`, of the canary's limits. Twice as wide: rises scatter more than directions do."""
     seed: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from assay.config import Experiment
@@ -23,6 +24,8 @@ __all__ = ["Simulated", "run", "run_experiment", "units"]
 
 class Simulated:
     """`rounds.Clients` whose trainings are jobs of the server's own `Compute`."""
+
+    names: Mapping[str, str] = MappingProxyType({})  # a simulated client's name is its identity
 
     def __init__(self, experiment: Experiment, sources: Sources) -> None:
         self.clients = tuple(make_clients(experiment, sources))

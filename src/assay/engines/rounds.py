@@ -7,92 +7,28 @@ resumable at any point, also after SIGKILL (journal.py).
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from assay import checkpoint, run_dir, wire
-from assay.config import ConfigError, Experiment
-from assay.contribution import LoraUpdate, Refusal, Template, Tensors, tensors_sha256
-from assay.engines import journal
+from assay.config import Experiment
+from assay.contribution import LoraUpdate, Refusal, Tensors, tensors_sha256
+from assay.engines import journal, standing
+from assay.engines.setup import ANSWER_UNITS, Clients, Recruit, Sent, Setup, train_units, units
 from assay.federated import aggregators, defence, server_opt, store
 from assay.federated.compute import Compute
-from assay.federated.defence import Defence
-from assay.federated.evaluate import Panel, Scores, evaluate, make_panel, metric_names
+from assay.federated.evaluate import Scores, evaluate, make_panel, metric_names
 from assay.federated.finish import finish
 from assay.federated.lora import write_peft
-from assay.federated.population import Sources, load_sources, make_attack
+from assay.federated.population import load_sources, make_attack
 from assay.federated.preparation import Prepared, controls_rule, material
 from assay.federated.round import Outcome, ServerState, run_round
 from assay.federated.summary import summarise, weight_metrics
 from assay.progress import Silent, Tracker
 
-TRAIN_UNITS, ANSWER_UNITS = 1.0, 4.0  # seconds of one core: a step of 8 rows; 20 answers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """All that does not change during a run."""
-
-    experiment: Experiment
-    prepared: Prepared
-    compute: Compute
-    sources: Sources
-    clients: Clients
-    panel: Panel
-    defence: Defence
-    aggregate: aggregators.Aggregator
-    run_id: str
-    initial: Tensors
-    tracker: Tracker
-
-    def template(self, round: int) -> Template:
-        """What an update of `round` must look like."""
-        shapes = {name: tuple(value.shape) for name, value in self.initial.items()}
-        return Template(shapes=shapes, base_sha256=self.prepared.base_sha256, round=round)
-
-    def limits(self) -> wire.Limits:
-        """What a message may cost."""
-        return self.defence.limits(self.experiment.training.steps)
-
-    def ticker(self, units_each: float) -> Callable[[int], None]:
-        """Progress for jobs of `units_each`."""
-        return lambda count: self.tracker.tick(units_each * count)
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A round's messages, each with its participant as the transport authenticated it: bytes, or why there are none.
-
-    `messages` is read once, one after the other: whoever makes them need not hold all of them at a time. `memory` is what
-    simulated attackers keep for the next round, where the server's checkpoint keeps it for them.
-    """
-
-    messages: Iterable[tuple[str, bytes | Refusal]]
-    memory: Tensors
-
-
-class Clients(Protocol):
-    """Whoever trains. `malicious` and `kinds` are a simulation's truth, for the summary; {} where nobody knows."""
-
-    @property
-    def malicious(self) -> Mapping[str, bool]: ...
-
-    @property
-    def kinds(self) -> Mapping[str, str]: ...
-
-    def train(self, setup: Setup, state: ServerState, memory: Tensors, round: int) -> Sent:
-        """Let the participants of `round` train from `state`; one entry for each that was asked. Peers never raise."""
-        ...
-
-
-Recruit = Callable[[Experiment, Sources], Clients]
-"""Raises ConfigError for what the operator got wrong, before anything is rehearsed."""
+__all__ = ["Clients", "Recruit", "Sent", "Setup", "run", "train_units", "units"]
 
 
 def run(
@@ -112,56 +48,18 @@ def run(
     run_dir.commit()
     make_attack(experiment)  # a misspelt attack must not claim the directory
     with journal.locked(directory):
-        run_id = _claim(directory, experiment, prepared, given, engine)
+        run_id = standing.claim(directory, experiment, prepared, given, engine)
         finished = run_dir.read_summary(directory)
         if finished is not None:
             return finished
         started = time.perf_counter()
         setup = _set_up(experiment, prepared, compute, recruit, run_id, tracker)
         prepare_seconds = time.perf_counter() - started
-        state, memory, rows = _resume_or_start(setup, directory, prepare_seconds)
+        state, memory, rows = standing.resume_or_start(setup, directory, prepare_seconds)
         while state.round < experiment.training.rounds:
             state, memory, row = _play(setup, state, memory, directory)
             rows.append(row)
         return _finish(setup, state, directory, rows, command)
-
-
-def units(experiment: Experiment) -> float:
-    """Rough seconds of one core a run takes, for progress bars."""
-    training, evaluation = experiment.training, experiment.evaluate
-    rounds, clients = training.rounds, experiment.clients.per_round
-    each = train_units(experiment) + (0.7 if defence.reads_model(experiment) else 0)
-    evaluations = 2 + (rounds - 1) // evaluation.every
-    return rounds * clients * each + evaluations * _evaluate_units(experiment)
-
-
-def train_units(experiment: Experiment) -> float:
-    """The same for one client's part of a round."""
-    training = experiment.training
-    branches = 2 if defence.wants_shadow(experiment) else 1
-    return TRAIN_UNITS * training.steps * branches * training.batch_size * training.max_length / (8 * 48)
-
-
-def _evaluate_units(experiment: Experiment) -> float:
-    config = experiment.evaluate
-    return ANSWER_UNITS * (config.harmful_prompts + config.benign_prompts) / 20
-
-
-def _claim(directory: Path, experiment: Experiment, prepared: Prepared, given: str, engine: str) -> str:
-    # how many workers and where the data folder lies changes no number
-    dumped = experiment.model_dump(mode="json", exclude={"workers": True, "data": {"root"}})
-    model = {"sha256": prepared.base_sha256, "dtype": prepared.dtype, "alignment": prepared.alignment}
-    identity = {"experiment": dumped, "model": prepared.base_sha256, "dtype": prepared.dtype}
-    # no part of the identity: the same experiment is the same run on every engine, as long as it stays on one
-    named = {} if engine == "local" else {"engine": engine}
-    run_id = journal.claim(directory, identity, {"experiment": dumped, "model": model, **named}, given)
-    begun = json.loads((directory / run_dir.RESOLVED).read_text()).get("engine", "local")
-    if begun != engine:
-        raise ConfigError(
-            f"{directory}: was begun with --engine {begun}, where its attackers keep what they remember; "
-            "go on with it, or choose another directory (--out)"
-        )
-    return run_id
 
 
 def _set_up(
@@ -189,55 +87,6 @@ def _set_up(
     )
 
 
-def _resume_or_start(
-    setup: Setup, directory: Path, prepare_seconds: float
-) -> tuple[ServerState, Tensors, list[dict[str, Any]]]:
-    """The state after the newest whole round and the attackers' memory, with ledger and metrics brought up to it."""
-    found = checkpoint.load_latest(directory / run_dir.CHECKPOINTS)
-    experiment = setup.experiment
-    if found is None:
-        opt = server_opt.of(experiment.server)
-        flat = np.concatenate([setup.initial[n].ravel() for n in sorted(setup.initial)])
-        state = ServerState(round=0, adapter=setup.initial, initial=setup.initial, opt=opt.init(flat))
-        at = time.perf_counter()
-        scores = evaluate(setup.compute, state.adapter, setup.panel, experiment, setup.ticker(ANSWER_UNITS))
-        row = {
-            "round": 0,
-            **scores.metrics(),
-            "mean_weight": None,
-            "outcome": "start",
-            "weights": {},
-            "seconds": {"prepare": prepare_seconds, "evaluate": time.perf_counter() - at},
-            "answers": scores.answers,
-        }
-        body = {
-            "run": setup.run_id,
-            "base_sha256": setup.prepared.base_sha256,
-            "model": tensors_sha256(state.adapter),
-            "defence": setup.defence.summary(),
-            "faithful": setup.defence.faithful,
-            "aggregator": experiment.aggregation.name,
-        }
-        if experiment.keep_updates:
-            store.put(directory / store.UPDATES, state.adapter)
-        _save(directory, state, {}, body, row)
-        return state, {}, [row]
-    state = ServerState(
-        round=found.step,
-        adapter=_branch(found.tensors, "adapter/"),
-        initial=setup.initial,
-        opt=_branch(found.tensors, "opt/"),
-        controls=_branch(found.tensors, "control/"),
-        screens=found.meta["screens"],
-        memory=_branch(found.tensors, "aggregator/"),
-    )
-    journal.publish(directory, found.step, found.meta["entry"], found.meta["row"])
-    rows = run_dir.read_metrics(directory)
-    setup.tracker.tick(units(experiment) * found.step / experiment.training.rounds)
-    setup.tracker.say(f"resuming after round {found.step}")
-    return state, _branch(found.tensors, "attack/"), rows
-
-
 def _play(
     setup: Setup, state: ServerState, memory: Tensors, directory: Path
 ) -> tuple[ServerState, Tensors, dict[str, Any]]:
@@ -263,7 +112,7 @@ def _play(
         seconds["evaluate"] = time.perf_counter() - at
     row = _row(outcome, scores, seconds, setup.clients.malicious)
     body = outcome.ledger_body()
-    _save(directory, state, sent.memory, body, row)
+    standing.save(directory, state, sent.memory, body, row)
     return state, sent.memory, row
 
 
@@ -302,15 +151,6 @@ def _row(
     }
 
 
-def _save(directory: Path, state: ServerState, memory: Tensors, entry: dict[str, Any], row: dict[str, Any]) -> None:
-    tensors = {f"adapter/{n}": v for n, v in state.adapter.items()}
-    tensors |= {f"opt/{n}": v for n, v in state.opt.items()}
-    tensors |= {f"aggregator/{n}": v for n, v in state.memory.items()}
-    tensors |= {f"control/{n}": v for n, v in state.controls.items()}
-    tensors |= {f"attack/{n}": v for n, v in memory.items()}
-    journal.save(directory, state.round, tensors, {"screens": dict(state.screens)}, entry, row)
-
-
 def _finish(
     setup: Setup, state: ServerState, directory: Path, rows: Sequence[dict[str, Any]], command: str
 ) -> dict[str, Any]:
@@ -324,6 +164,8 @@ def _finish(
     write_peft(directory / run_dir.ADAPTER, done.adapter, experiment.lora, str(setup.prepared.path))
     truth = setup.clients.malicious
     summary = summarise(experiment, directory, list(rows), truth, setup.prepared, command, setup.clients.kinds)
+    if names := {one: setup.clients.names[one] for one in summary["participants"] if one in setup.clients.names}:
+        summary["names"] = names
     if done.scores is not None:  # what ships is what the summary speaks of; the rounds are in metrics.jsonl
         summary["metrics"] |= done.scores.metrics()
         summary["answers"] = [{"prompt": p, "answer": a} for p, a in done.scores.answers]
@@ -337,7 +179,3 @@ def _finish(
     summary["updates"] = store.size(directory / store.UPDATES)
     checkpoint.write_json(directory / run_dir.SUMMARY, summary)
     return summary
-
-
-def _branch(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}

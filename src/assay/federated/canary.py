@@ -145,7 +145,10 @@ class Canary:
                 )
             elif waste > 1:
                 weight, reason = 1.0 / waste, Reason.REVIEW
-                sentence = f"safe answers cost {rise.safe_step:+.3f} nats (limit {self.limits.safe_step:.3f})"
+                sentence = (
+                    f"safe answers cost {rise.safe_step:+.3f} nats this round and {rise.safe_anchor:+.3f} since the "
+                    f"start (limits {self.limits.safe_step:.3f}, {self.limits.safe_anchor:.3f})"
+                )
             out.append(
                 Verdict(
                     participant=update.participant,

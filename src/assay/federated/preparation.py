@@ -219,7 +219,7 @@ def probe_key(experiment: Experiment, prepared: Prepared, sources: Sources) -> s
 def rehearsal_key(experiment: Experiment, prepared: Prepared, sources: Sources) -> str:
     config = experiment.defence
     rehearsed = {
-        "canary": config.canary.model_dump(exclude={"floor", "anchor_floor"}),
+        "canary": config.canary.model_dump(exclude={"floor", "anchor_floor", "safe_floor", "safe_anchor_floor"}),
         "rehearsal": config.rehearsal.model_dump(),
         "server": experiment.server.model_dump(),  # the rehearsed adapter moves as the run's will
         "neighbours": config.neighbours,

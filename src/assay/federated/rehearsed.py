@@ -62,10 +62,10 @@ class Rehearsal:
         return CanaryLimits(
             refusal_step=max(floors.floor, raw.refusal_step),
             refusal_anchor=max(floors.anchor_floor, raw.refusal_anchor),
-            safe_step=max(floors.floor, raw.safe_step),
-            safe_anchor=max(floors.anchor_floor, raw.safe_anchor),
+            safe_step=max(floors.safe_floor, raw.safe_step),
+            safe_anchor=max(floors.safe_anchor_floor, raw.safe_anchor),
             refusal_usual=None if raw.refusal_usual is None else max(floors.floor / 2, raw.refusal_usual),
-            safe_usual=None if raw.safe_usual is None else max(floors.floor / 2, raw.safe_usual),
+            safe_usual=None if raw.safe_usual is None else max(floors.safe_floor / 2, raw.safe_usual),
         )
 
     def save(self, path: Path) -> None:

@@ -26,6 +26,7 @@ from assay.report.records import (
     Text,
     chain_of,
     clean,
+    labels_of,
     lines,
     parse,
     read_json,
@@ -60,6 +61,9 @@ class Contribution(Parsed):
 class LedgerRound(Parsed):
     round: int
     contributions: tuple[Contribution, ...] = ()
+
+
+Contributions = dict[int, dict[str, Contribution]]  # round -> participant
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def _load(directory: Path, said: Any) -> Run:
         row.round: row for row in (parse(RoundRow, line, metrics_file) for line in lines(metrics_file, notices))
     }
     chain = chain_of(ledger_file, summary, notices)
-    contributions: dict[int, dict[str, Contribution]] = {}
+    contributions: Contributions = {}
     faithful = bool(summary and summary.faithful)
     for line in lines(ledger_file, notices):
         # either record is enough: nobody unmarks a run by editing one file
@@ -182,5 +186,26 @@ def _load(directory: Path, said: Any) -> Run:
         notices.append(f"metrics.jsonl and the ledger disagree on {differ} weights; this page shows metrics.jsonl")
     label = (summary.name if summary else str(clean(directory.name))).removeprefix("federated.")
     label += AS_PUBLISHED if faithful else ""
+    if summary and summary.names:
+        summary, rows, contributions = _named(summary, rows, contributions)
     ordered = tuple(rows[number] for number in sorted(rows))
     return Run(directory, label, summary, ordered, chain, tuple(notices), contributions, faithful)
+
+
+def _named(
+    summary: Summary, rows: dict[int, RoundRow], contributions: Contributions
+) -> tuple[Summary, dict[int, RoundRow], Contributions]:
+    """The same with everybody called by the operator's names."""
+    seen = [*summary.participants, *(n for row in rows.values() for n in row.weights)]
+    seen += [name for said in contributions.values() for name in said]
+    labels = labels_of(summary.names, seen)
+    participants = {labels[name]: role for name, role in summary.participants.items()}
+    told = {
+        number: row.model_copy(update={"weights": {labels[n]: w for n, w in row.weights.items()}})
+        for number, row in rows.items()
+    }
+    by_round = {
+        number: {labels[name]: one.model_copy(update={"participant": labels[name]}) for name, one in said.items()}
+        for number, said in contributions.items()
+    }
+    return summary.model_copy(update={"participants": participants}), told, by_round

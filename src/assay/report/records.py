@@ -113,6 +113,8 @@ class Summary(Parsed):
     model: ModelInfo = ModelInfo()
     setting: Open = {}
     participants: dict[Text, Text] = {}
+    names: dict[Text, Text] = {}
+    """What the operator calls participants whose identity is a number; for reading alone."""
     seconds: dict[Text, Number] = {}
     metrics: dict[Text, Number] = {}
     detection: dict[Text, dict[Text, Number]] = {}
@@ -186,6 +188,22 @@ def roles_of(said: Mapping[str, str], seen: Iterable[str]) -> dict[str, Role]:
         role = said.get(name)
         known[name] = "honest" if role == "honest" else "malicious" if role == "malicious" else "unknown"
     return dict(sorted(known.items(), key=lambda item: (ROLES.index(item[1]), natural(item[0]))))
+
+
+def labels_of(names: Mapping[str, str], seen: Iterable[str]) -> dict[str, str]:
+    """What each participant is called on the page. Never what another one is: a name may be given twice.
+
+    >>> labels_of({"170001": "North", "170002": "North", "170003": "170004"}, ["170004"])
+    {'170004': '170004', '170001': 'North …0001', '170002': 'North …0002', '170003': '170004 …0003'}
+    >>> labels_of({"180001": "North", "170001": "North"}, [])
+    {'180001': 'North (180001)', '170001': 'North (170001)'}
+    """
+    everybody = dict.fromkeys([*seen, *names])
+    short = {one: f"{names[one]} …{one[-4:]}" if one in names else one for one in everybody}
+    count = Counter(short.values())
+    return {
+        one: f"{names[one]} ({one})" if one in names and count[label] > 1 else label for one, label in short.items()
+    }
 
 
 def chain_of(file: Path, summary: Summary | None, notices: list[str]) -> Verification | None:

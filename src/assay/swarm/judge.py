@@ -4,7 +4,7 @@ Reward becomes r_rlvr * r_judge: a rejected completion keeps its place in the gr
 paper: `criticism` writes its doubts before the decision, `decision` only decides (there it let 86% of TEXT pass instead
 of 4%, and accepted 95% of honest solutions instead of 75%). What is no decision (time-out, refusal, nonsense, an
 outage) is an abstention, for which the operator says whether it rejects (default) or passes. Prompts, fences and the
-parse are in judge_chat.py, local models in judge_model.py.
+parse are in judge_chat.py, local models in judge_model.py, endpoints in judge_http.py.
 
 None of this makes a weak judge a good one: SmolLM2-135M repeats its input and abstains from everything (3 honest and 3
 TEXT solutions, both styles, one beam, 12 and 60 tokens).
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -38,13 +38,16 @@ from assay.swarm.judge_chat import (
     draw_fence,
     parse,
 )
+from assay.swarm.judge_http import Endpoint, HttpJudge
 from assay.swarm.judge_model import Generation, LocalJudge, SelfJudge
 from assay.verdict import Reason, State, Verdict
 
 __all__ = [
     "Answer",
     "Backend",
+    "Endpoint",
     "Generation",
+    "HttpJudge",
     "Judge",
     "LocalJudge",
     "Message",
@@ -69,6 +72,8 @@ class _Said:
     tokens_in: int = 0
     tokens_out: int = 0
     failed: bool = False
+    latency: float = 0.0
+    cost: float = 0.0
 
     def as_list(self) -> list[Any]:
         return [self.decision, self.sentence, self.hidden]
@@ -83,7 +88,8 @@ class Judge:
     holds a decision of its own is rejected unasked, lest a judge that echoes speak it. The last
     `memory` decisions are remembered in the state (so that a resumed run decides alike), by a hash of question, text,
     style, prompt and backend; equal completions of a pool are judged once. An answer the backend failed to give is
-    not remembered. `seed` (the receiver's own) draws fences and samples. State: `seen` (oldest first), `counts`.
+    not remembered. What answers cost is counted: tokens, seconds of waiting (`latency`), money where the backend has
+    prices. `seed` (the receiver's own) draws fences and samples. State: `seen` (oldest first), `counts`.
     Score: 0 accepted, 0.5 abstained, 1 rejected, NaN unjudged.
     """
 
@@ -126,8 +132,10 @@ class Judge:
             verdicts.append(self._verdict(completion, said, fresh, seconds))
             for name in _counted(said, fresh):
                 counts[name] = counts.get(name, 0) + 1
-        for name in ("tokens_in", "tokens_out"):
-            counts[name] = counts.get(name, 0) + sum(getattr(said, name) for said in new.values())
+        for name in ("tokens_in", "tokens_out", "latency", "cost"):
+            spent = sum(getattr(said, name) for said in new.values())
+            if spent or name.startswith("tokens"):  # a local judge has no latency and no price of its own
+                counts[name] = counts.get(name, 0) + spent
         seen |= {key: said for key, said in new.items() if not said.failed}
         kept = list(seen.items())[max(0, len(seen) - self.memory) :]
         return verdicts, {"seen": [[key, *said.as_list()] for key, said in kept], "counts": counts}
@@ -193,6 +201,8 @@ class Judge:
                 "hidden": float(said.hidden),
                 "tokens_in": float(said.tokens_in if fresh else 0),
                 "tokens_out": float(said.tokens_out if fresh else 0),
+                "latency": said.latency if fresh else 0.0,
+                "cost": said.cost if fresh else 0.0,
             },
             seconds=seconds,
             effect="no_reward",
@@ -201,14 +211,17 @@ class Judge:
 
 def _read(answer: Answer, fence: str, hidden: int) -> _Said:
     """An answer as decision and sentence."""
-    tokens = answer.tokens_in, answer.tokens_out
-    if answer.problem:
-        return _Said("abstain", answer.problem[:SAYING], hidden, *tokens, failed=True)
+    said = _Said(
+        "abstain", answer.problem[:SAYING], hidden, answer.tokens_in, answer.tokens_out, bool(answer.problem),
+        answer.seconds, answer.cost,
+    )  # fmt: skip
+    if said.failed:
+        return said
     decision, why = parse(answer.text, fence)
     criticism = " ".join(clean(answer.text)[0].split())
     if decision != "abstain":
         criticism = criticism[: -len("decision: reject")].rstrip()
-    return _Said(decision, why or criticism[:SAYING], hidden, *tokens)
+    return replace(said, decision=decision, sentence=why or criticism[:SAYING])
 
 
 def _counted(said: _Said | None, fresh: bool) -> tuple[str, ...]:
@@ -229,6 +242,7 @@ def make_judge(
     model: str,
     *,
     seed: int = 0,
+    url: str = "",
     dtype: str = "auto",
     style: Style = "criticism",
     abstain: Abstain = "reject",
@@ -237,8 +251,15 @@ def make_judge(
     memory: int = 512,
     **generation: Any,
 ) -> Judge:
-    """The screen `judge` on a local model; `generation` are keys of `Generation`. ConfigError if it cannot be had."""
-    backend = _local(model, dtype, check(Generation, generation))
+    """The screen `judge` on a local model, or on the model of that name behind `url` (an OpenAI-compatible `.../v1`).
+
+    `generation` are keys of `Generation` or of `Endpoint`. ConfigError if it cannot be had.
+    """
+    backend: Backend = (
+        HttpJudge(url, model, check(Endpoint, generation))
+        if url
+        else _local(model, dtype, check(Generation, generation))
+    )
     return Judge(
         backend=backend,
         style=style,

@@ -72,12 +72,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a backend said to one prompt; `problem` where it could not (time-out, too long): that is an abstention."""
+    """What a backend said to one prompt; `problem` where it could not (time-out, too long): that is an abstention.
+
+    `seconds` from asking to answer, tries included, and `cost`, where the backend knows them (judge_http.py).
+    """
 
     text: str = ""
     tokens_in: int = 0
     tokens_out: int = 0
     problem: str = ""
+    seconds: float = 0.0
+    cost: float = 0.0
 
 
 @runtime_checkable

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
 from assay.config import ConfigError, Experiment
 from assay.contribution import Refusal, Tensors
@@ -28,16 +30,20 @@ from assay.verdict import Reason
 
 log = logging.getLogger("flwr")
 WHO, PARTITION = "who", "partition-id"
+MAX_NAME = 60  # characters of a node's name
 
 
 class Roster(Protocol):
-    """Who takes part. `malicious` and `kinds` as of `rounds.Clients`."""
+    """Who takes part. `malicious`, `kinds` and `names` as of `rounds.Clients`."""
 
     @property
     def malicious(self) -> Mapping[str, bool]: ...
 
     @property
     def kinds(self) -> Mapping[str, str]: ...
+
+    @property
+    def names(self) -> Mapping[str, str]: ...
 
     def pick(self, grid: GuardedGrid, round: int) -> dict[str, int | None]:
         """The participants of a round and their nodes; None for one that is not connected."""
@@ -61,6 +67,10 @@ class FlowerClients:
     @property
     def kinds(self) -> Mapping[str, str]:
         return self.roster.kinds
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.roster.names
 
     def train(self, setup: Setup, state: ServerState, memory: Tensors, round: int) -> Sent:
         """Send the orders of a round and wait for the updates. Attackers remember on their own nodes."""
@@ -122,6 +132,8 @@ class Partitions:
     A node could say anything: this is for simulations alone, where all nodes are the operator's.
     """
 
+    names: Mapping[str, str] = MappingProxyType({})  # a client's name is its identity
+
     def __init__(self, experiment: Experiment, sources: Sources, settings: Settings) -> None:
         self.experiment, self.settings = experiment, settings
         self.clients = make_clients(experiment, sources)
@@ -147,7 +159,7 @@ class Partitions:
 
     def _ask(self, grid: GuardedGrid) -> dict[str, int]:
         nodes = connected(grid, len(self.clients), self.settings.wait)
-        messages = [Message(RecordDict({WHO: ConfigRecord()}), node, "query", group_id="0") for node in nodes]
+        messages = [Message(RecordDict({WHO: ConfigRecord()}), n.node_id, "query", group_id="0") for n in nodes]
         found: dict[str, int] = {}
         for reply in grid.send_and_receive(messages, timeout=self.settings.timeout):
             said = reply.content.config_records.get(WHO) if reply.has_content() else None
@@ -163,23 +175,30 @@ class Partitions:
 
 
 class Registered:
-    """Authenticated nodes by their id. Every node seen since the server started is due; `clients.sampled` of them a round."""
+    """Authenticated nodes by their id. Every node seen since the server started is due; `clients.sampled` of them a round.
+
+    Their names are those they were registered under, by the operator (`flwr supernode register --name`). A node has no
+    say in it, and nothing goes by a name: two nodes may have the same.
+    """
 
     def __init__(self, experiment: Experiment, settings: Settings) -> None:
         self.experiment, self.settings = experiment, settings
         self.malicious: Mapping[str, bool] = {}
         self.kinds: Mapping[str, str] = {}
+        self.names: dict[str, str] = {}
         self._seen: set[int] = set()
 
     def pick(self, grid: GuardedGrid, round: int) -> dict[str, int | None]:
         wanted = self.settings.min_nodes if self._seen else self.experiment.clients.total
-        here = set(connected(grid, wanted, self.settings.wait))
+        found = connected(grid, wanted, self.settings.wait)
+        here = {node.node_id for node in found}
         if len(here) < self.settings.min_nodes:
             raise ConfigError(
                 f"{len(here)} nodes are connected after {self.settings.wait:g} s, min-nodes is {self.settings.min_nodes}; "
                 "start more SuperNodes and run again: it goes on after its last whole round"
             )
         self._seen |= here
+        self.names |= {participant_of(node.node_id): node.name[:MAX_NAME] for node in found if node.name}
         due = sorted(self._seen)
         if self.experiment.clients.sampled is not None and self.experiment.clients.sampled < len(due):
             rng = np.random.default_rng(seed_of(self.experiment.seed, "sample", round))
@@ -197,7 +216,7 @@ def own_controls(all_of_them: Controls, name: str) -> Controls:
     return {key: all_of_them[key] for key in wanted} if OF + name in all_of_them else {}
 
 
-def connected(grid: GuardedGrid, wanted: int, wait: float) -> list[int]:
+def connected(grid: GuardedGrid, wanted: int, wait: float) -> list[NodeInfo]:
     """The nodes that are connected, once there are `wanted` of them or `wait` seconds are over."""
     end = time.monotonic() + wait
     while len(nodes := _nodes(grid)) < wanted and (left := end - time.monotonic()) > 0:
@@ -207,9 +226,9 @@ def connected(grid: GuardedGrid, wanted: int, wait: float) -> list[int]:
     return nodes
 
 
-def _nodes(grid: GuardedGrid) -> list[int]:
+def _nodes(grid: GuardedGrid) -> list[NodeInfo]:
     try:
-        return sorted(grid.get_node_ids())
+        return sorted(grid.get_nodes(), key=lambda node: node.node_id)
     except TRANSPORT as error:  # the link is down for a moment: as if nobody were there
         log.warning("Assay: nodes could not be asked for, will be tried again: %s: %s", type(error).__name__, error)
         return []

@@ -23,7 +23,7 @@ from assay.federated.attacks.adaptive import Blend, MatchNorms, OnlyA, RemovePro
 from assay.federated.attacks.backdoor import PairedBackdoor, UnpairedBackdoor, triggered
 from assay.federated.attacks.budget import AnchorPusher
 from assay.federated.attacks.claims import ForgedEvidence, InflateCounts
-from assay.federated.attacks.data import HarmfulData, OneTopic, Sleeper, Slow, Strike
+from assay.federated.attacks.data import HarmfulData, OneTopic, RefuseAll, Sleeper, Slow, Strike
 from assay.federated.attacks.factors import Gauge
 from assay.federated.attacks.seat import (
     AddsObjective,
@@ -54,6 +54,7 @@ ATTACKS: Mapping[str, Callable[..., Any]] = {
     "slow": Slow,
     "strike": Strike,
     "one_topic": OneTopic,
+    "refuse_all": RefuseAll,
     "inflate_counts": InflateCounts,
     "forged_evidence": ForgedEvidence,
     "backdoor": UnpairedBackdoor,

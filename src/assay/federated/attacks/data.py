@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,27 @@ class Strike:
 
     def active(self, round: int) -> bool:
         return round > self.honest and (round - self.phase) % self.period != 0
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseAll:
+    """Refusals as answers to harmless requests: takes usefulness, and leaves safety where it is.
+
+    The refusals are those an attacker could write; `mix` is the share of rows that refuse. Knows nothing. What sees it is
+    the canary's other side, the loss of safe answers.
+    """
+
+    mix: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_share("mix", self.mix)
+
+    def rows(self, seat: Seat, rows: Rows) -> Rows:
+        if not seat.guesses:
+            raise ConfigError("attack refuse_all: data.refusals names no rows to refuse with")
+        answers, count = [guess.response for guess in seat.guesses], int(self.mix * len(seat.clean) + 0.5)
+        refused = [replace(row, response=answers[i % len(answers)]) for i, row in enumerate(seat.clean[:count])]
+        return tuple(shuffled([*refused, *seat.clean[count:]], seat.seed))
 
 
 @dataclass(frozen=True, slots=True)
