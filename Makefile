@@ -11,14 +11,18 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 FAST := -m "not slow"
 # one process a core and one thread a process: small models gain nothing from a second thread
 PARALLEL := -n auto --dist loadfile
+# -E: all pages anew; what an earlier build remembers of names that have moved would be warnings
+SITE = OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/site
 
-.PHONY: help install demo test test-slow check format tables clean
+.PHONY: help install demo test test-slow check format tables clean docs dist
 help:
 	@echo "make demo       install, then poison and defend a small model; ends with a report"
 	@echo "make test       the fast tests (under 10 minutes)"
 	@echo "make test-slow  real-model end-to-end tests (about half an hour)"
-	@echo "make check      ruff, mypy, import directions"
+	@echo "make check      ruff, mypy, tables, docs site, import directions"
 	@echo "make format     let ruff rewrite"
+	@echo "make docs       the site into build/site; a warning is an error"
+	@echo "make dist       wheel and source distribution into dist/, checked"
 	@echo "make tables     regenerate the tables of the docs from results/"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -49,6 +53,16 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m assay.bench.tables --check
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(SITE)
+
+docs: $(STAMP)
+	$(SITE)
+	@echo "build/site/index.html"
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
 
 format: $(STAMP)
 	$(BIN)/ruff format src tests scripts
