@@ -29,7 +29,7 @@ class SwarmModel(Frozen):
 
 
 class TaskConfig(Frozen):
-    """What is practised: see swarm/tasks.py for the names."""
+    """What is practised: swarm/task_sets.py has the names."""
 
     name: str = "word-problems"
     params: dict[str, Any] = Field(default_factory=dict, exclude_if=lambda params: not params)
@@ -102,7 +102,7 @@ class GrpoConfig(Frozen):
 
 
 class SwarmAttack(Frozen):
-    """What malicious nodes do; see swarm/attacks.py."""
+    """What malicious nodes do; swarm/attacks/ has the names."""
 
     name: str = "math"
     from_round: Count = 1
