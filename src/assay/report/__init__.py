@@ -29,7 +29,7 @@ from assay.report.records import ReportError, clean
 
 __all__ = ["ReportError", "write"]
 
-SCRIPTS = ("charts.js", "federated.js", "swarm.js", "page.js")
+SCRIPTS = ("charts.js", "state.js", "federated.js", "swarm.js", "people.js", "page.js")
 """Parts of one function, in this order."""
 FEDERATED = {"name": "federated", "title": "Federated fine-tuning", "unit": "round"}
 SWARM = {"name": "swarm", "title": "Swarm", "unit": "iteration"}
