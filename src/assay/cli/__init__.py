@@ -29,6 +29,7 @@ from assay.cli.common import (
 from assay.cli.excise import excise
 from assay.cli.files import ledger_app, model_app
 from assay.cli.probe import probe_app
+from assay.cli.watch import watch
 from assay.config import AnyExperiment, ConfigError
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command()(calibrate)
 app.command()(excise)
+app.command()(watch)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(probe_app, name="probe")
