@@ -18,11 +18,11 @@ def watch(
 ) -> None:
     """Show the report while a run goes on, at an address of this machine only. Ctrl-C ends it.
 
-    [bold]Examples[/bold]
+    Examples:
 
-    assay watch runs/mine --open          # beside `assay run` in another terminal
+        assay watch runs/mine --open  # beside `assay run` in another terminal
 
-    assay watch runs --port 0             # all runs in the folder, side by side
+        assay watch runs --port 0     # all runs in the folder, side by side
     """
     from assay.report.watch import server
 

@@ -117,7 +117,6 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """GET and HEAD of three paths."""
 
-    protocol_version = "HTTP/1.1"
     timeout = 30
     server: Server
 
@@ -140,15 +139,16 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, kind: str, text: str) -> None:
         body = text.encode()
         self.send_response(status)
-        for name, value in {
-            **HEADERS,
-            "Content-Type": f"{kind}; charset=utf-8",
-            "Content-Length": str(len(body)),
-        }.items():
-            self.send_header(name, value)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def end_headers(self) -> None:
+        for name, value in HEADERS.items():  # of refusals too
+            self.send_header(name, value)
+        super().end_headers()
 
     def version_string(self) -> str:
         return "assay"
