@@ -251,12 +251,12 @@ def test_quiet_and_plain_are_options_of_every_command() -> None:
 
 def test_commands_show_examples_that_parse() -> None:
     """Every example of every help text names a command and options that exist."""
-    seen = 0
-    for command, lines in examples(typer.main.get_command(cli.app)):
+    seen, top = 0, typer.main.get_command(cli.app)
+    for command, lines in examples(top):
         for line in lines:
             words = shlex.split(line, comments=True)
             words = words[: next((i for i, word in enumerate(words) if word in (">", "|")), len(words))]
-            found: Any = typer.main.get_command(cli.app)
+            found: Any = top
             options = [word for word in words if word.startswith("-")]
             known: set[str] = set()
             for word in ["assay", *words[1:]]:
