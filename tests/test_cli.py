@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+import typer
 
 from assay import cli, config, ledger
 from assay.checkpoint import write_json
@@ -200,3 +207,71 @@ def test_calibrate_prints_limits_that_an_experiment_takes(tmp_path: Path) -> Non
     loaded = config.load(tmp_path / "x.toml")
     assert isinstance(loaded, config.SwarmExperiment)
     assert defence.make(loaded, vocabulary=1024, eos=2).level == "seeded"
+
+
+def test_progress_is_lines_for_a_log_or_nothing_and_colours_can_be_had_off(tmp_path: Path) -> None:
+    """On a real terminal, a pseudo one: there the bar would be drawn."""
+    code = (
+        "import time\nfrom assay.progress import Bar\nwith Bar() as bar:\n bar.add(2)\n bar.say('first')\n bar.tick(1)\n"
+        " bar.say('second')\n bar.tick(1)\n time.sleep(0.3)\n"
+    )
+
+    def shown(**environment: str) -> str:
+        theirs, ours = pty.openpty()
+        done = subprocess.Popen(
+            [sys.executable, "-c", code], stderr=ours, env={**os.environ, "TERM": "xterm-256color", **environment}
+        )
+        os.close(ours)
+        text = b""
+        try:
+            while part := os.read(theirs, 1 << 16):
+                text += part
+        except OSError:  # how the end of a terminal reads on Linux
+            pass
+        os.close(theirs)
+        assert done.wait() == 0
+        return text.decode()
+
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+    bar = shown()
+    assert "100 %" in bar
+    assert colour.search(bar)
+    assert not colour.search(shown(NO_COLOR="1"))
+    assert shown(ASSAY_PROGRESS="plain").split() == ["first", "second"]
+    assert shown(ASSAY_PROGRESS="quiet") == ""
+
+
+def test_quiet_and_plain_are_options_of_every_command() -> None:
+    found = assay("--quiet", "model", "list", "--json")
+    assert found.returncode == 0
+    assert found.stderr == ""
+    assert json.loads(found.stdout)
+    assert "--plain" in assay("--help").stdout
+
+
+def test_commands_show_examples_that_parse() -> None:
+    """Every example of every help text names a command and options that exist."""
+    seen, top = 0, typer.main.get_command(cli.app)
+    for command, lines in examples(top):
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            words = words[: next((i for i, word in enumerate(words) if word in (">", "|")), len(words))]
+            found: Any = top
+            options = [word for word in words if word.startswith("-")]
+            known: set[str] = set()
+            for word in ["assay", *words[1:]]:
+                known |= {name for param in found.params for name in (*param.opts, *param.secondary_opts)}
+                if isinstance(found, click.Group) and word in found.commands:
+                    found = found.commands[word]
+            known |= {name for param in found.params for name in (*param.opts, *param.secondary_opts)}
+            assert found is command, line
+            assert set(options) <= known, line
+            seen += 1
+    assert seen >= 8
+
+
+def examples(command: Any) -> Iterator[tuple[Any, list[str]]]:
+    """Every command with the lines of its help that are a call of `assay`."""
+    yield command, [line.strip() for line in (command.help or "").splitlines() if line.strip().startswith("assay ")]
+    for under in getattr(command, "commands", {}).values():
+        yield from examples(under)

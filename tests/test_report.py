@@ -64,8 +64,8 @@ def make_run(
             "outcome": "rolled_back" if defended and r == 4 else "applied", "weights": weights,
             "seconds": {"train": 11.5, "canary": 2.5 if defended else 0.0},
         })  # fmt: skip
-        ledger.append("round", {"round": r, "outcome": "applied", "why": "", "verdicts": [], "gate": {}, "contributions": [
-            {"participant": name.encode("utf-8", "replace").decode(), "sha256": hashlib.sha256(f"{r}{i}".encode()).hexdigest(),
+        ledger.append("round", {"round": r, "outcome": "applied", "why": "", "verdicts": verdicts(r, weights), "gate": {}, "contributions": [
+            {"participant": name.encode("utf-8", "replace").decode(), "sha256": sha256_of(r, i),
              "num_examples": 60, "weight": w, "reason": "ok" if w == 1 else "canary", "screen": "canary" if defended else "",
              "sentence": "" if w == 1 else f"refusals cost {3.1 + r:.1f} nats more than at the start"}
             for i, (name, w) in enumerate(weights.items())
@@ -97,6 +97,32 @@ def make_run(
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def sha256_of(round: int, client: int) -> str:
+    return hashlib.sha256(f"{round}{client}".encode()).hexdigest()
+
+
+def verdicts(round: int, weights: dict[str, float]) -> list[dict[str, Any]]:
+    """What three screens say of each client, in the screens' order, as the ledger has it."""
+    said: list[dict[str, Any]] = []
+    for screen in ("norm", "probe", "canary"):
+        for i, (name, weight) in enumerate(weights.items()):
+            bad = weight < 1 and screen == "canary"
+            logit, rise = -0.25 - 0.01 * i, 3.1 + round if bad else 0.01
+            evidence = {
+                "norm": {"norm": 2.25, "ratio": 1.0625},
+                "probe": {"logit": logit},
+                "canary": {"refusal_rise": rise},
+            }
+            score = {"norm": 1.0625, "probe": logit - 1.3, "canary": rise / 0.5}
+            said.append({
+                "participant": name.encode("utf-8", "replace").decode(), "contribution": sha256_of(round, i), "screen": screen,
+                "weight": weight if bad else 1.0, "reason": "canary" if bad else "ok", "mode": "enforce", "seconds": 0.0,
+                "sentence": f"refusals cost {rise:.1f} nats more than at the start" if bad else "",
+                "score": score[screen], "evidence": evidence[screen],
+            })  # fmt: skip
+    return said
 
 
 def four_runs(tmp: Path, **more: Any) -> list[Path]:
@@ -140,7 +166,9 @@ class Page(HTMLParser):
     def rows(self) -> list[list[str]]:
         """Table rows as cells of text."""
         found = []
-        for row in re.findall(r"<tr>(.*?)</tr>", self.source.split('<script type="application/json"')[0], re.S):
+        for row in re.findall(
+            r"<tr(?: [^>]*)?>(.*?)</tr>", self.source.split('<script type="application/json"')[0], re.S
+        ):
             cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)
             found.append([" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in cells])
         return found
@@ -419,8 +447,9 @@ def test_hundred_clients_stay_small(tmp_path: Path) -> None:
     runs = four_runs(tmp_path / "large", clients=100, rounds=25)
     page = write(runs, tmp_path / "large.html")
     assert page.stat().st_size - empty.stat().st_size < 1_500_000
-    assert len(Page(page).data["clients"]) == 100
-    assert sum(map(len, Page(page).data["clients"])) == 100 * 25 * 4
+    people = Page(page).data["people"]
+    assert len(people["names"]) == 100
+    assert sum(len(weights) for run in people["runs"] for weights in run["weights"]) == 100 * 25 * 4
 
 
 @pytest.mark.parametrize(
@@ -473,15 +502,6 @@ def test_charts_are_drawn_in_a_browser(tmp_path: Path) -> None:
     assert "&lt;b&gt;b&lt;/b&gt;</text>" in body  # plotly would have made it bold
     assert not re.search(r"<img|xlink:href=\"http", body)
     assert _values(shot) > 100
-    # a client that is opened gets its rounds, still as text
-    opened = tmp_path / "opened.html"
-    opened.write_text(
-        page.read_text(encoding="utf-8").replace("<details data-client", "<details open data-client"), "utf-8"
-    )
-    dom = browse(opened, tmp_path, "--dump-dom")
-    assert 'data-assay="ready"' in dom[:500]
-    assert hashlib.sha256(b"30").hexdigest()[:12] in dom.split('<script type="application/json"')[0]
-    assert dom.count('<td class="number">0.40</td>') == 1
 
 
 def _values(shot: Path) -> int:

@@ -1,13 +1,20 @@
-"""Progress as the engines see it: work is added, work is done, something is said. The terminal draws it."""
+"""Progress as the engines see it: work is added, work is done, something is said. The terminal draws it.
+
+`ASSAY_PROGRESS` in the environment says how: `quiet` nothing, `plain` lines (as where stderr is no terminal), else a bar.
+Colours: `NO_COLOR` takes them away.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PROGRESS = "ASSAY_PROGRESS"
 
 
 class Tracker(Protocol):
@@ -31,6 +38,8 @@ class Bar:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
+        self._quiet = os.environ.get(PROGRESS) == "quiet"
+        self._drawn = self._console.is_terminal and os.environ.get(PROGRESS) not in ("quiet", "plain")
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -39,7 +48,7 @@ class Bar:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._drawn,
             speed_estimate_period=120,
         )
         self._task = self._progress.add_task("starting", total=0)
@@ -62,7 +71,7 @@ class Bar:
         self._progress.advance(self._task, units)
 
     def say(self, text: str) -> None:
-        if self._console.is_terminal:
+        if self._drawn:
             self._progress.update(self._task, description=text)
-        else:
+        elif not self._quiet:
             print(text, file=sys.stderr, flush=True)

@@ -31,19 +31,22 @@ from assay.cli.excise import excise
 from assay.cli.files import ledger_app, model_app
 from assay.cli.probe import probe_app
 from assay.cli.screen import screen
+from assay.cli.watch import watch
 from assay.config import AnyExperiment, ConfigError
+from assay.progress import PROGRESS
 
 app = typer.Typer(
     help="Screens what untrusted participants contribute to the training of a language model, before it learns.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 app.add_typer(bench_app, name="bench")
 app.command()(calibrate)
 app.add_typer(deploy_app, name="deploy")
 app.command()(excise)
 app.command()(screen)
+app.command()(watch)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(probe_app, name="probe")
@@ -63,7 +66,13 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; results and errors only.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Progress as lines for a log, not as a bar.")] = False,
+) -> None:
+    if quiet or plain:
+        os.environ[PROGRESS] = "quiet" if quiet else "plain"
     if version:
         print(__version__)
         raise typer.Exit
@@ -100,6 +109,14 @@ def demo(
     Federated: four runs of 10 clients and 6 rounds: honest only; attacked; attacked with `submitted`; with the paper's
     step level. Swarm: four runs of 4 nodes: honest only; one node teaches that 2+2=5; the same with the paper's logit
     check; with the seeded check. Interrupted, it goes on where it stopped.
+
+    Examples:
+
+        assay demo                    # both wings, about 20 minutes on two cores
+
+        assay demo swarm              # a few minutes
+
+        assay demo federated --model tiny --out runs/tiny
     """
     from assay.bench import federated, swarm
     from assay.config import parse
@@ -124,7 +141,7 @@ def demo(
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="Experiment in TOML, of either wing.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/NAME.")] = None,
     data_root: DataRoot = None,
     settings: Set = None,
     engine: Annotated[
@@ -135,7 +152,16 @@ def run(
     ] = Engine.LOCAL,
     as_json: Json = False,
 ) -> None:
-    """Run one experiment; resumes where it stopped."""
+    """Run one experiment; resumes where it stopped.
+
+    Examples:
+
+        assay run examples/federated.toml
+
+        assay run mine.toml --out runs/mine --set defence.level=step
+
+        assay --quiet run mine.toml --json > summary.json
+    """
     one = experiment(file, data_root, settings or [])
     directory = out or Path("runs") / one.name
     run_one = on_flower if engine is Engine.FLOWER else run_all
@@ -153,7 +179,16 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page to write; default report.html in the first one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write report.html for one run or for several side by side."""
+    """Write report.html for one run or for several side by side. While a run goes on: `assay watch`.
+
+    Examples:
+
+        assay report runs/mine
+
+        assay report runs/mine runs/other --out compared.html
+
+        assay report runs/demo        # every run in the folder
+    """
     found = [d for given in directories for d in runs_in(given)]
     page = write_report(found, out or directories[0] / "report.html")
     show({"report": str(page), "runs": [str(d) for d in found]}, as_json, str(page))

@@ -10,8 +10,8 @@ import typer
 from assay.cli.common import Json, bar, show
 from assay.config import ConfigError
 
-ledger_app = typer.Typer(help="The hash-chained record of a run.", no_args_is_help=True)
-model_app = typer.Typer(help="Base models Assay knows by name.", no_args_is_help=True)
+ledger_app = typer.Typer(help="The hash-chained record of a run.", rich_markup_mode="markdown", no_args_is_help=True)
+model_app = typer.Typer(help="Base models Assay knows by name.", rich_markup_mode="markdown", no_args_is_help=True)
 
 
 @ledger_app.command("verify")
@@ -20,7 +20,14 @@ def ledger_verify(
     head: Annotated[str | None, typer.Option(help="Expected last hash; default: the one in summary.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check the hash chain; names the first broken entry. Exit code 1 if there is one."""
+    """Check the hash chain; names the first broken entry. Exit code 1 if there is one.
+
+    Examples:
+
+        assay ledger verify runs/mine
+
+        assay ledger verify runs/mine --head 0b6da92e...   # the last hash as you wrote it down elsewhere
+    """
     from assay import ledger, run_dir
 
     path = directory / run_dir.LEDGER if directory.is_dir() else directory
@@ -53,7 +60,12 @@ def model_list(as_json: Json = False) -> None:
 
 @model_app.command("fetch")
 def model_fetch(name: str, as_json: Json = False) -> None:
-    """Fetch a model into the cache and print where it lies."""
+    """Fetch a model into the cache and print where it lies.
+
+    Example:
+
+        assay model fetch smollm2-135m
+    """
     from assay import models
 
     with bar() as tracker:

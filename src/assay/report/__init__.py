@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -27,19 +28,28 @@ from assay.report import swarm_view, view, words
 from assay.report.load import load_runs
 from assay.report.records import ReportError, clean
 
-__all__ = ["ReportError", "write"]
+__all__ = ["Page", "ReportError", "render", "write"]
 
-SCRIPTS = ("charts.js", "federated.js", "swarm.js", "page.js")
+SCRIPTS = ("charts.js", "state.js", "federated.js", "swarm.js", "people.js", "page.js", "live.js")
 """Parts of one function, in this order."""
 FEDERATED = {"name": "federated", "title": "Federated fine-tuning", "unit": "round"}
 SWARM = {"name": "swarm", "title": "Swarm", "unit": "iteration"}
 
 
-def write(run_dirs: Sequence[Path], out: Path, title: str = "Assay report") -> Path:
-    """Write the page that compares `run_dirs` (in this order, a section for each wing) and return its path.
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page: as it is opened, and without the 5 MB of plotly.js, to be put in its place."""
 
-    `out` is the file, or an existing directory that gets `report.html`. A run without `summary.json` is shown as
-    unfinished. Raises ReportError, one line that says what to do, where a directory is no run or a file is damaged.
+    whole: str
+    without_plotly: str
+
+
+def render(run_dirs: Sequence[Path], title: str = "Assay report", version: str = "") -> Page:
+    """The page that compares `run_dirs`, in this order, a section for each wing.
+
+    With a `version` it is one that `assay watch` serves: it may ask its own server, and only that, for a newer one.
+    A run without `summary.json` is shown as unfinished. Raises ReportError, one line that says what to do, where a
+    directory is no run or a file is damaged.
     """
     federated, swarm = load_runs(run_dirs)
     plotly, script = _plotly(), _script()
@@ -51,6 +61,7 @@ def write(run_dirs: Sequence[Path], out: Path, title: str = "Assay report") -> P
         wings.append({**SWARM, "runs": swarm, "page": swarm_view.build(swarm)})
     context: dict[str, object] = {
         "title": clean(title),
+        "version": version,
         "wings": wings,
         # text of JSON is not HTML: < > & leave as \u escapes, so that no participant can close the tag
         "data": Markup(_json(data)),
@@ -59,7 +70,16 @@ def write(run_dirs: Sequence[Path], out: Path, title: str = "Assay report") -> P
         "plotly": Markup(plotly),
         "csp": " ".join(f"'sha256-{_digest(text)}'" for text in (script, plotly)),
     }
-    html = _environment().get_template("page.html").render(context)
+    template = _environment().get_template("page.html")
+    return Page(template.render(context), template.render({**context, "plotly": ""}) if version else "")
+
+
+def write(run_dirs: Sequence[Path], out: Path, title: str = "Assay report") -> Path:
+    """Write the page of `render` and return its path: `out`, or `report.html` in it where it is a directory.
+
+    Raises ReportError as `render` does, and where the file cannot be written.
+    """
+    html = render(run_dirs, title).whole
     target = out / run_dir.REPORT if out.is_dir() else out
     partial = target.with_name(f".{target.name}.partial")
     try:

@@ -29,11 +29,13 @@ from assay.report.records import (
     labels_of,
     lines,
     parse,
+    read_config,
     read_json,
     roles_of,
     tell_apart,
 )
 from assay.report.swarm_load import SwarmRun, load_swarm
+from assay.report.verdicts import VERDICTS, Cell, Kept
 
 WINGS = ("federated", "swarm")
 AS_PUBLISHED = " (as published)"
@@ -61,6 +63,8 @@ class Contribution(Parsed):
 class LedgerRound(Parsed):
     round: int
     contributions: tuple[Contribution, ...] = ()
+    verdicts: tuple[Any, ...] = ()
+    """Parsed as far as they are kept."""
 
 
 Contributions = dict[int, dict[str, Contribution]]  # round -> participant
@@ -72,6 +76,8 @@ class Run(Recorded):
 
     rows: tuple[RoundRow, ...]
     ledger: Mapping[int, Mapping[str, Contribution]]  # round -> participant
+    verdicts: Kept
+    config: Mapping[str, Any]
     faithful: bool = False
     """Runs the published code's rules with their holes, for comparison; marked wherever it appears."""
 
@@ -93,6 +99,16 @@ class Run(Recorded):
         """Every participant seen, honest first, then malicious, then those of whom nothing is known."""
         said = self.summary.participants if self.summary else {}
         return roles_of(said, (name for weights in self.weights.values() for name in weights))
+
+    @property
+    def why(self) -> dict[Cell, tuple[str, str, str]]:
+        """Screen, reason and sentence of every contribution that was not simply let pass."""
+        return {
+            (number, name): (said.screen, said.reason, said.sentence)
+            for number, found in self.ledger.items()
+            for name, said in found.items()
+            if said.reason != "ok" or said.weight != 1
+        }
 
     @property
     def malicious(self) -> int:
@@ -123,6 +139,7 @@ class Run(Recorded):
 
 def load_runs(directories: Sequence[Path]) -> tuple[list[Run], list[SwarmRun]]:
     """All runs by wing, in the given order, with labels that tell those of a wing apart."""
+    most = VERDICTS // max(1, len(directories))
     if not directories:
         raise ReportError("no run directory given: pass at least one directory written by `assay run` or `assay demo`")
     federated: list[Run] = []
@@ -130,9 +147,9 @@ def load_runs(directories: Sequence[Path]) -> tuple[list[Run], list[SwarmRun]]:
     for directory in map(Path, directories):
         summary = _summary(directory)
         if _wing(directory, summary) == "swarm":
-            swarm.append(load_swarm(directory, summary))
+            swarm.append(load_swarm(directory, summary, most))
         else:
-            federated.append(_load(directory, summary))
+            federated.append(_load(directory, summary, most))
     return tell_apart(federated), tell_apart(swarm)
 
 
@@ -160,7 +177,7 @@ def _wing(directory: Path, summary: Any) -> str:
     return wing or "federated"
 
 
-def _load(directory: Path, said: Any) -> Run:
+def _load(directory: Path, said: Any, most: int) -> Run:
     metrics_file, ledger_file = directory / run_dir.METRICS, directory / run_dir.LEDGER
     notices: list[str] = []
     summary = parse(Summary, said, directory / run_dir.SUMMARY) if said is not None else None
@@ -169,6 +186,7 @@ def _load(directory: Path, said: Any) -> Run:
     }
     chain = chain_of(ledger_file, summary, notices)
     contributions: Contributions = {}
+    verdicts = Kept(most)
     faithful = bool(summary and summary.faithful)
     for line in lines(ledger_file, notices):
         # either record is enough: nobody unmarks a run by editing one file
@@ -177,6 +195,7 @@ def _load(directory: Path, said: Any) -> Run:
         if isinstance(line, dict) and line.get("kind") == "round":
             record = parse(LedgerRound, line.get("body"), ledger_file)
             contributions[record.round] = {said.participant: said for said in record.contributions}
+            verdicts.add(record.round, record.verdicts)
     if differ := sum(
         (said := contributions.get(row.round, {}).get(name)) is not None
         and abs((said.weight or 0.0) - (weight or 0.0)) > 1e-6
@@ -187,18 +206,30 @@ def _load(directory: Path, said: Any) -> Run:
     label = (summary.name if summary else str(clean(directory.name))).removeprefix("federated.")
     label += AS_PUBLISHED if faithful else ""
     if summary and summary.names:
-        summary, rows, contributions = _named(summary, rows, contributions)
+        summary, rows, contributions = _named(summary, rows, contributions, verdicts)
     ordered = tuple(rows[number] for number in sorted(rows))
-    return Run(directory, label, summary, ordered, chain, tuple(notices), contributions, faithful)
+    return Run(
+        directory,
+        label,
+        summary,
+        ordered,
+        chain,
+        tuple(notices),
+        contributions,
+        verdicts,
+        read_config(directory),
+        faithful,
+    )
 
 
 def _named(
-    summary: Summary, rows: dict[int, RoundRow], contributions: Contributions
+    summary: Summary, rows: dict[int, RoundRow], contributions: Contributions, verdicts: Kept
 ) -> tuple[Summary, dict[int, RoundRow], Contributions]:
     """The same with everybody called by the operator's names."""
     seen = [*summary.participants, *(n for row in rows.values() for n in row.weights)]
     seen += [name for said in contributions.values() for name in said]
-    labels = labels_of(summary.names, seen)
+    labels = labels_of(summary.names, [*seen, *(name for _, name in verdicts.cells)])
+    verdicts.relabel(labels)
     participants = {labels[name]: role for name, role in summary.participants.items()}
     told = {
         number: row.model_copy(update={"weights": {labels[n]: w for n, w in row.weights.items()}})

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from assay import run_dir
 from assay.ledger import Verification, verify
 
 Role = Literal["honest", "malicious", "unknown"]
@@ -37,6 +38,10 @@ def clean(value: Any) -> Any:
     ('a\\u202eb', {'k': [None, 'x\ty']})
     """
     if isinstance(value, str):
+        if (
+            value.isprintable()
+        ):  # nothing of the categories below: nearly every string, and there are hundreds of thousands
+            return value
         return "".join(_visible(char) for char in value)
     if isinstance(value, Mapping):
         return {clean(str(key)): clean(item) for key, item in value.items()}
@@ -239,21 +244,24 @@ def parse(schema: type[Schema], value: Any, file: Path) -> Schema:
 
 
 def lines(file: Path, notices: list[str]) -> Iterator[Any]:
-    """JSON lines; a torn last line (the run was killed while writing it) is left out and said."""
+    """JSON lines, one in memory at a time; a torn last line (killed while writing it) is left out and said."""
     if not file.is_file():
         return
-    texts = _read(file).split("\n")
-    for number, line in enumerate(texts, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            if number == len(texts):
-                notices.append(f"the last line of {file.name} is torn and left out")
-                return
-            raise ReportError(f"{file} line {number} is not JSON: restore the file or run again") from error
-        yield value
+    try:
+        with file.open(encoding="utf-8", newline="\n") as opened:
+            for number, line in enumerate(opened, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    if not line.endswith("\n"):  # only the last one can be
+                        notices.append(f"the last line of {file.name} is torn and left out")
+                        return
+                    raise ReportError(f"{file} line {number} is not JSON: restore the file or run again") from error
+                yield value
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{file} cannot be read ({type(error).__name__}): restore the file or run again") from error
 
 
 def read_json(file: Path) -> Any:
@@ -262,6 +270,14 @@ def read_json(file: Path) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ReportError(f"{file} is not JSON: restore it, or delete it to show the run as unfinished") from error
+
+
+def read_config(directory: Path) -> Mapping[str, Any]:
+    """The experiment as it was understood; empty where the directory does not say."""
+    file = directory / run_dir.RESOLVED
+    resolved = clean(read_json(file)) if file.is_file() else {}
+    experiment = resolved.get("experiment") if isinstance(resolved, dict) else None
+    return experiment if isinstance(experiment, dict) else {}
 
 
 def _read(file: Path) -> str:

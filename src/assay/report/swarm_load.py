@@ -5,7 +5,8 @@ What nodes wrote (names, questions, tokens, sentences) is hostile text; it is cl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -30,12 +31,15 @@ from assay.report.records import (
     clean,
     lines,
     parse,
-    read_json,
+    read_config,
     roles_of,
 )
+from assay.report.verdicts import VERDICTS, Cell, Kept
 
 HELDOUT = {"asr": "asr", "completion_tokens_mean": "tokens", "heldout_reward": "reward"}
 """Metric of the summary -> its name in a row's `heldout`."""
+EACH = 4
+"""Verdicts of one node, iteration, screen and reason that the page shows."""
 LIMIT = 0.05  # `seeded`'s default for the largest margin (calibrated fp32 against fp32), where a run does not say
 
 
@@ -105,13 +109,18 @@ class LedgerTrust(Parsed):
 
 class LedgerLearner(Parsed):
     trust: dict[Text, LedgerTrust] = Field(default_factory=dict)
+    verdicts: tuple[Any, ...] = ()
 
 
 class SwarmLedgerRound(Parsed):
-    """Of a round's entry only who was struck and banned, to compare with metrics.jsonl."""
+    """Of a round's entry who was struck and banned, to compare with metrics.jsonl, and what was refused."""
 
     round: int
     learners: dict[Text, LedgerLearner] = Field(default_factory=dict)
+
+    def without_verdicts(self) -> Self:
+        kept = {name: learner.model_copy(update={"verdicts": ()}) for name, learner in self.learners.items()}
+        return self.model_copy(update={"learners": kept})
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,9 @@ class SwarmRun(Recorded):
     summary: SwarmSummary | None
     rows: tuple[SwarmRow, ...]
     resolved: Mapping[str, Any]
+    verdicts: Kept
+    refused: Mapping[Cell, Mapping[tuple[str, str], int]]
+    """Iteration and node -> screen and reason -> verdicts below full weight."""
 
     @property
     def setting(self) -> Mapping[str, Any]:
@@ -157,6 +169,28 @@ class SwarmRun(Recorded):
             return sum(role == "malicious" for role in self.roles.values())
         said = self.setting.get("malicious")
         return said if isinstance(said, int) else 0
+
+    @cached_property
+    def shares(self) -> dict[int, dict[str, float]]:
+        """Iteration -> node -> share of what it owed that was learnt from; nodes that owed nothing are absent."""
+        return {row.round: {n: share for n, share in row.admitted.items() if share is not None} for row in self.played}
+
+    @property
+    def why(self) -> dict[Cell, tuple[str, str, str]]:
+        """The commonest screen and reason, and in a sentence all of them, with strikes and bans."""
+        found: dict[Cell, tuple[str, str, str]] = {}
+        counted: dict[int, dict[str, list[tuple[tuple[str, str], int]]]] = {}
+        for (number, name), kinds in self.refused.items():
+            counted.setdefault(number, {})[name] = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+        for row in self.played:
+            refused = counted.get(row.round, {})
+            for name in sorted({*row.struck, *row.banned, *refused}):
+                reasons = refused.get(name, [])
+                told = [f"{count} × {reason or screen}" for (screen, reason), count in reasons]
+                told += ["struck"] * (name in row.struck) + ["banned"] * (name in row.banned)
+                screen, reason = reasons[0][0] if reasons else ("", "banned" if name in row.banned else "struck")
+                found[row.round, name] = (screen, reason, "; ".join(told))
+        return found
 
     @property
     def played(self) -> list[SwarmRow]:
@@ -217,32 +251,60 @@ class SwarmRun(Recorded):
         return max(known, key=lambda item: item[1]) if known else ("", None)
 
 
-def load_swarm(directory: Path, said: Any) -> SwarmRun:
-    """The run in `directory`; `said` is its summary, None while it is unfinished. Raises ReportError."""
+def load_swarm(directory: Path, said: Any, most: int = VERDICTS) -> SwarmRun:
+    """The run in `directory`; `said` is its summary, None while it is unfinished, `most` of its verdicts are kept.
+
+    Raises ReportError.
+    """
     metrics_file, ledger_file = directory / run_dir.METRICS, directory / run_dir.LEDGER
     notices: list[str] = []
     summary = parse(SwarmSummary, said, directory / run_dir.SUMMARY) if said is not None else None
+    refused: dict[Cell, Counter[tuple[str, str]]]
     rows = {row.round: row for row in (parse(SwarmRow, line, metrics_file) for line in lines(metrics_file, notices))}
     chain = chain_of(ledger_file, summary, notices)
-    entries = [parse(SwarmLedgerRound, body, ledger_file) for body in _rounds(ledger_file, notices)]
+    verdicts, entries, refused = Kept(most), [], {}
+    for body in _rounds(ledger_file, notices):
+        entry = parse(SwarmLedgerRound, body, ledger_file)
+        entries.append(entry.without_verdicts())
+        said = [verdict for learner in entry.learners.values() for verdict in learner.verdicts]
+        refused |= _counted(entry.round, said)
+        verdicts.add(entry.round, some_of_each(said))
     if differ := sum(not _agrees(rows[entry.round], entry) for entry in entries if entry.round in rows):
         notices.append(
             f"metrics.jsonl and the ledger disagree on who was struck or banned in {differ} iterations; "
             "this page shows metrics.jsonl"
         )
-    resolved_file = directory / run_dir.RESOLVED
-    resolved = clean(read_json(resolved_file)) if resolved_file.is_file() else {}
-    experiment = resolved.get("experiment") if isinstance(resolved, dict) else None
     label = (summary.name if summary else str(clean(directory.name))).removeprefix("swarm.")
     ordered = tuple(rows[number] for number in sorted(rows))
-    config = experiment if isinstance(experiment, dict) else {}
-    return SwarmRun(directory, label, summary, ordered, chain, tuple(notices), config)
+    return SwarmRun(
+        directory, label, summary, ordered, chain, tuple(notices), read_config(directory), verdicts, refused
+    )
 
 
 def _rounds(file: Path, notices: list[str]) -> Iterator[Any]:
     for line in lines(file, notices):
         if isinstance(line, dict) and line.get("kind") == "round":
             yield line.get("body")
+
+
+def _counted(round: int, verdicts: Iterable[Any]) -> dict[Cell, Counter[tuple[str, str]]]:
+    found: dict[Cell, Counter[tuple[str, str]]] = {}
+    for raw in verdicts:
+        if isinstance(raw, dict) and isinstance(raw.get("participant"), str) and raw.get("weight") != 1:
+            kind = (clean(str(raw.get("screen", ""))), clean(str(raw.get("reason", ""))))
+            found.setdefault((round, clean(raw["participant"])), Counter())[kind] += 1
+    return found
+
+
+def some_of_each(verdicts: Iterable[Any]) -> Iterator[Any]:
+    """At most EACH verdicts of a node for one reason: the twelve of a group say the same of a hundred groups."""
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for raw in verdicts:
+        if isinstance(raw, dict):
+            kind = (str(raw.get("participant")), str(raw.get("screen")), str(raw.get("reason")))
+            seen[kind] += 1
+            if seen[kind] <= EACH:
+                yield raw
 
 
 def _agrees(row: SwarmRow, entry: SwarmLedgerRound) -> bool:

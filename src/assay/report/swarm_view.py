@@ -5,10 +5,13 @@ Runs of one attack form a group: they share their charts, in which a defence loo
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from assay.report import common, swarm_charts, swarm_words
+from assay import run_dir
+from assay.report import common, drill, swarm_charts, swarm_words
+from assay.report.records import clean
 from assay.report.swarm_load import Shown, SwarmRun
 from assay.report.words import fixed, shorten
 
@@ -17,6 +20,7 @@ SECTIONS = (
     ("swarm-iterations", "Iteration by iteration"),
     ("swarm-margins", "Margins"),
     ("swarm-nodes", "Nodes"),
+    ("swarm-participants", "Participants"),
     ("swarm-poison", "A poisoned completion"),
     ("swarm-detection", "Detection"),
     ("swarm-cost", "Cost"),
@@ -48,6 +52,8 @@ def build(runs: Sequence[SwarmRun]) -> dict[str, Any]:
         "margins": swarm_charts.margins(runs),
         "grids": eventful,
         "nodes": {i: nodes(runs[i]) for i in eventful},
+        "people": any(run.roles for run in runs),
+        "meaning": drill.meaning(run.verdicts for run in runs),
         "quiet": [i for i in range(len(runs)) if i not in eventful],
         "examples": poisoned,
         "reasons": [[{"row": row, "sentence": shorten(row.sentence)} for row in run.reasons[:60]] for run in runs],
@@ -66,12 +72,27 @@ def payload(runs: Sequence[SwarmRun]) -> dict[str, Any]:
     """What the script draws of these runs."""
     groups = by_attack(runs)
     return {
-        "runs": [{"name": run.label, **style} for run, style in zip(runs, styles(runs, groups), strict=True)],
+        "runs": [
+            {"name": run.label, "ledger": shlex.quote(str(clean(str(run.directory / run_dir.LEDGER)))), **style}
+            for run, style in zip(runs, styles(runs, groups), strict=True)
+        ],
         "charts": [chart["drawn"] for chart in swarm_charts.courses(runs, groups)],
         "margins": swarm_charts.bars(swarm_charts.margins(runs)),
         "grids": swarm_charts.grids(runs),
         "cost": common.cost_payload(runs),
+        "people": drill.payload([_played(run) for run in runs]),
     }
+
+
+def _played(run: SwarmRun) -> drill.Played:
+    return drill.Played(
+        rounds=list(run.shares),
+        roles=run.roles,
+        weights=run.shares,
+        why=run.why,
+        kept=run.verdicts,
+        config=run.resolved,
+    )
 
 
 def by_attack(runs: Sequence[SwarmRun]) -> dict[str, list[int]]:

@@ -5,12 +5,15 @@ Nothing here knows HTML. Participants' text passes through as text; the template
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from assay import run_dir
+from assay.report import drill
 from assay.report.common import LOOKS, SCREENING, cost, cost_payload, numbered_look, provenance, settings_differ, stages
-from assay.report.load import Contribution, Run
-from assay.report.records import ROLES, Role, natural
+from assay.report.load import Run
+from assay.report.records import ROLES, Role, clean
 from assay.report.words import fixed, headline, shorten
 
 LITTLE = 0.8
@@ -41,6 +44,9 @@ METRICS = (
     ("malicious_weight_mean", "Weight, malicious", "nearer 0 is better", "Mean weight that malicious updates kept."),
 )
 
+ROWS = 100
+"""Of a heat map: a run of more clients is drawn in bands of them."""
+LISTED = 50  # honest clients that lost weight; the filter of the participants has them all
 BY_ROUND = 4
 """So many of METRICS are drawn by round; the weights have charts of their own."""
 
@@ -65,7 +71,9 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
         "detected": any(row.auroc is not None for run in runs for row in run.rows),
         "further": further(runs),
         "answers": told,
-        "clients": clients(runs),
+        "people": any(run.roles for run in runs),
+        "banded": [i for i in screened(runs) if len(runs[i].roles) > ROWS],
+        "meaning": drill.meaning(run.verdicts for run in runs),
         "shared": shared,
         "differing": differing,
         "seeds": sorted({run.summary.seed for run in runs if run.summary and run.summary.seed is not None}),
@@ -141,6 +149,7 @@ def detection(run: Run) -> dict[str, Any]:
             for role, weights in kept.items()
             if weights
         },
+        "lost_all": len(losses),
         "lost": [
             {
                 "name": name,
@@ -148,7 +157,7 @@ def detection(run: Run) -> dict[str, Any]:
                 "lowest": fixed(min(weight for _, weight, _ in rounds), 2),
                 "reasons": ", ".join(sorted({reason for _, _, reason in rounds if reason})),
             }
-            for name, rounds in losses.items()
+            for name, rounds in list(losses.items())[:LISTED]
         ],
         "reasons": [
             {"row": row, "sentence": shorten(row.sentence)}
@@ -176,40 +185,8 @@ def answers(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def clients(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every participant with its role in each run and its mean weight; the rounds are in the payload."""
-    names = dict.fromkeys(name for run in runs for name in run.roles)
-    found = []
-    for name in names:
-        roles = {run.roles[name] for run in runs if name in run.roles}
-        means = []
-        for i, run in enumerate(runs):
-            weights = [weights[name] for weights in run.weights.values() if name in weights]
-            if weights:
-                means.append((i, sum(weights) / len(weights)))
-        role = next(iter(roles)) if len(roles) == 1 else "malicious" if "malicious" in roles else "unknown"
-        found.append({"name": name, "role": role, "mixed": len(roles - {"unknown"}) > 1, "means": means})
-    return sorted(found, key=lambda client: (ROLES.index(client["role"]), natural(client["name"])))
-
-
 def payload(runs: Sequence[Run]) -> dict[str, Any]:
-    """What page.js draws. Texts of the drill-down are listed once and referred to by their index."""
-    texts: dict[str, int] = {}
-
-    def index(text: str) -> int:
-        return texts.setdefault(text, len(texts))
-
-    order = [client["name"] for client in clients(runs)]
-    drill: list[list[list[Any]]] = []
-    for name in order:
-        rows: list[list[Any]] = []
-        for i, run in enumerate(runs):
-            for number, weights in run.weights.items():
-                if name in weights:
-                    said = run.ledger.get(number, {}).get(name) or Contribution(participant=name)
-                    what = (said.screen, said.reason, shorten(said.sentence, 240), said.sha256[:12])
-                    rows.append([i, number, round(weights[name], 4), *map(index, what)])
-        drill.append(rows)
+    """What the script draws and fills."""
     return {
         "runs": [
             {
@@ -217,34 +194,65 @@ def payload(runs: Sequence[Run]) -> dict[str, Any]:
                 **style,
                 "rounds": [row.round for row in run.rows],
                 "applied": [row.outcome in ("applied", "start", "") for row in run.rows],
+                "ledger": shlex.quote(str(clean(str(run.directory / run_dir.LEDGER)))),
                 **{name: [getattr(row, name) for row in run.rows] for name, *_ in METRICS[:BY_ROUND]},
             }
             for run, style in zip(runs, styles(runs), strict=True)
         ],
         "weights": [_weights(runs[i], i) for i in screened(runs)],
         "cost": cost_payload(runs),
-        "clients": drill,
-        "texts": list(texts),
+        "people": drill.payload([_played(run) for run in runs]),
     }
+
+
+def _played(run: Run) -> drill.Played:
+    shas = {(n, name): said.sha256 for n, found in run.ledger.items() for name, said in found.items() if said.sha256}
+    return drill.Played(
+        rounds=list(run.weights), roles=run.roles, weights=run.weights, why=run.why, kept=run.verdicts,
+        config=run.config, sha256=shas,
+    )  # fmt: skip
 
 
 def _weights(run: Run, i: int) -> dict[str, Any]:
     """Weight by client and round (None: not sampled), and the means of the groups by round."""
     numbers = list(run.weights)
-    means: dict[str, list[float | None]] = {}
+    means: dict[Role, list[float | None]] = {}
     for role in dict.fromkeys(run.roles.values()):
-        means[role] = []
-        for number in numbers:
-            kept = [weight for name, weight in run.weights[number].items() if run.roles[name] == role]
-            means[role].append(sum(kept) / len(kept) if kept else None)
+        means[role] = [_mean([run.weights[n].get(name) for name in _of(run, role)]) for n in numbers]
+    bands = _bands(run)
     return {
         "run": i,
         "rounds": numbers,
-        "clients": list(run.roles),
-        "roles": list(run.roles.values()),
-        "z": [[run.weights[number].get(name) for number in numbers] for name in run.roles],
+        "clients": [label for label, _, _ in bands],
+        "roles": [role for _, role, _ in bands],
+        "count": {role: len(_of(run, role)) for role in means},
+        "z": [[_mean([run.weights[n].get(name) for name in names]) for n in numbers] for _, _, names in bands],
         "means": means,
     }
+
+
+def _bands(run: Run) -> list[tuple[str, Role, list[str]]]:
+    """Rows of the heat map: a client each; of more than ROWS, bands of clients of one group in order of mean weight."""
+    size = -(-len(run.roles) // ROWS)
+    if size == 1:
+        return [(name, role, [name]) for name, role in run.roles.items()]
+    means = {name: _mean([weights.get(name) for weights in run.weights.values()]) for name in run.roles}
+    found: list[tuple[str, Role, list[str]]] = []
+    for role in dict.fromkeys(run.roles.values()):
+        ranked = sorted(_of(run, role), key=lambda name: -(means[name] or 0.0))
+        for at in range(0, len(ranked), size):
+            band = ranked[at : at + size]
+            found.append((f"{at + 1} to {at + len(band)} of {len(ranked)}, the heaviest first", role, band))
+    return found
+
+
+def _of(run: Run, role: Role) -> list[str]:
+    return [name for name, said in run.roles.items() if said == role]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _series(runs: Sequence[Run], metric: str) -> list[tuple[int, list[float | None]]]:

@@ -69,7 +69,7 @@ const cells = (it, run, said) => {
   const traces = [...new Set(it.roles)].map((role) => {
     const rows = it.clients.map((_, i) => i).filter((i) => it.roles[i] === role);
     return {
-      type: "heatmap", x: it.rounds, y: rows.map((i) => at[i]), z: rows.map((i) => it.z[i]), zmin: 0, zmax: 1, showscale: false,
+      type: "heatmap", meta: rows, x: it.rounds, y: rows.map((i) => at[i]), z: rows.map((i) => it.z[i]), zmin: 0, zmax: 1, showscale: false,
       xgap: width > 40 ? 0 : 2, ygap: cell < 8 ? 0.5 : 2, hoverongaps: false,
       colorscale: [[0, colour("cell")], [1e-6, mix(colour("paper"), full, 0.2)], [1, mix(colour("paper"), full, 0.88)]],
       ...(texts ? { text: rows.map((i) => it.z[i].map((w) => (w === 0 ? "×" : w === 1 ? "" : weight(w)))), texttemplate: "%{text}", textfont: { size: 11 } } : {}),
@@ -90,7 +90,7 @@ const cells = (it, run, said) => {
   }
   const groups = [...new Set(it.roles)].map((role) => {
     const rows = at.filter((_, i) => it.roles[i] === role);
-    return { xref: "paper", x: 1, xanchor: "left", xshift: 10, y: (rows[0] + rows.at(-1)) / 2, yanchor: "middle", showarrow: false, text: `${rows.length} ${role}`, font: { color: colour("ink") } };
+    return { xref: "paper", x: 1, xanchor: "left", xshift: 10, y: (rows[0] + rows.at(-1)) / 2, yanchor: "middle", showarrow: false, text: `${it.count?.[role] ?? rows.length} ${role}`, font: { color: colour("ink") } };
   });
   const margin = { ...sides(it), t: 8, b: 44 };
   return [traces, {
@@ -101,9 +101,10 @@ const cells = (it, run, said) => {
   }];
 };
 
-const cost = (wing) => {
-  const { stages, screening, seconds } = wing.cost;
-  const names = wing.runs.map((run) => plain(run.name, 20)), ys = names.map((_, i) => i);
+const cost = (name) => {
+  const wing = wings[name].data(), some = shown(name), runs = some.map((i) => wing.runs[i]), { stages, screening } = wing.cost;
+  const seconds = wing.cost.seconds.map((row) => some.map((i) => row[i]));
+  const names = runs.map((run) => plain(run.name, 20)), ys = names.map((_, i) => i);
   const accent = colour("c-0"), grey = colour("c-ref");
   const ranks = { true: 0, false: 0 }, counts = { true: screening.filter(Boolean).length, false: screening.filter((s) => !s).length };
   const traces = stages.map((stage, s) => {
@@ -116,9 +117,9 @@ const cost = (wing) => {
       hovertemplate: `%{x:.1f} s<extra>${plain(stage)}</extra>`,
     };
   });
-  const sum = Math.max(...wing.runs.map((_, i) => seconds.reduce((total, row) => total + row[i], 0)));
+  const sum = Math.max(...runs.map((_, i) => seconds.reduce((total, row) => total + row[i], 0)));
   traces.forEach((t, s) => { t.text = t.text.map((text, i) => (seconds[s][i] / sum > 0.016 * stages[s].length ? text : "")); }); // only where it fits
-  const margin = { l: 24 + 7.2 * Math.max(...wing.runs.map((r) => Math.min(20, [...r.name].length))), r: 24, t: 34, b: 44 };
+  const margin = { l: 24 + 7.2 * Math.max(...runs.map((r) => Math.min(20, [...r.name].length))), r: 24, t: 34, b: 44 };
   return [traces, {
     ...base(margin.t + margin.b + 40 * names.length + 10, margin), barmode: "stack", bargap: 0.34, hovermode: "closest",
     xaxis: axis({ title: { text: "seconds", standoff: 6 }, rangemode: "tozero" }),

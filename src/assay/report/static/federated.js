@@ -1,13 +1,13 @@
 // The charts of federated runs.
 const lines = (metric, height) => {
-  const shown = data.runs.filter((run) => run[metric].some((v) => v !== null));
-  const values = shown.flatMap((run) => run[metric]).filter((v) => v !== null);
+  const some = shown("federated").map((i) => data.runs[i]), drawn = some.filter((run) => run[metric].some((v) => v !== null));
+  const values = drawn.flatMap((run) => run[metric]).filter((v) => v !== null);
   const share = metric !== "benign_loss";
   const top = Math.max(0.001, ...values);
   const [low, high] = share ? [-0.04, 1.04] : [0, top * 1.12];
-  const labelled = shown.length <= 8;
-  const margin = { l: 44, r: labelled ? room(shown.map((r) => r.name)) : 20, t: 10, b: 44 };
-  const traces = shown.map((run) => {
+  const labelled = drawn.length <= 8;
+  const margin = { l: 44, r: labelled ? room(drawn.map((r) => r.name)) : 20, t: 10, b: 44 };
+  const traces = drawn.map((run) => {
     const color = colour(`c-${run.colour}`);
     return {
       type: "scatter", mode: "lines+markers", name: plain(run.name), x: run.rounds, y: run[metric], connectgaps: true, cliponaxis: false,
@@ -19,10 +19,10 @@ const lines = (metric, height) => {
       hovertemplate: `%{y:.3f}<extra>${plain(run.name)}</extra>`,
     };
   });
-  const ends = shown.map((run) => ({ end: run[metric].filter((v) => v !== null).at(-1), text: plain(run.name), color: colour(`c-${run.colour}`) }));
+  const ends = drawn.map((run) => ({ end: run[metric].filter((v) => v !== null).at(-1), text: plain(run.name), color: colour(`c-${run.colour}`) }));
   const layout = {
     ...base(height, margin), hovermode: "x unified",
-    xaxis: { ...rounds(data.runs.flatMap((r) => r.rounds)), range: [-0.15, Math.max(1, ...data.runs.flatMap((r) => r.rounds)) + 0.15] },
+    xaxis: { ...rounds(some.flatMap((r) => r.rounds)), range: [-0.15, Math.max(1, ...some.flatMap((r) => r.rounds)) + 0.15] },
     yaxis: axis({ range: [low, high], ...(share ? { tickvals: [0, 0.25, 0.5, 0.75, 1], tickformat: ".2f" } : { nticks: 5, rangemode: "tozero" }) }),
     annotations: labelled ? labels(ends, low, high, height - margin.t - margin.b, 17) : [],
   };

@@ -1,49 +1,59 @@
-// Draws all charts when the page is there; fills what is opened.
+// Fills the page, then draws its charts one by one, so that it can be read and used meanwhile.
 const kinds = {
   refusal_rate: () => lines("refusal_rate", 360), over_refusal_rate: () => lines("over_refusal_rate", 240), benign_loss: () => lines("benign_loss", 240), auroc: () => lines("auroc", 240),
-  weights: heat, means, cost: () => cost(data),
-  course, margins: histogram, grid, swarm_cost: () => cost(data.swarm),
+  weights: heat, means, cost: () => cost("federated"),
+  course, margins: histogram, grid, swarm_cost: () => cost("swarm"),
 };
+const paint = (node) => {
+  const [traces, layout] = kinds[node.dataset.chart](Number(node.dataset.index), node);
+  if (!traces.length) { node.textContent = "Not measured."; return; }
+  Plotly.react(node, traces, layout, config);
+  if (node.dataset.chart !== "weights" && node.dataset.chart !== "grid") return;
+  node.removeAllListeners("plotly_click");
+  node.on("plotly_click", ({ points: [point] }) => {
+    const wing = node.dataset.chart === "grid" ? "swarm" : "federated", from = wing === "swarm" ? data.swarm.grids : data.weights;
+    const drawn = from[Number(node.dataset.index)];
+    if (point.data.meta && Array.isArray(point.pointNumber)) People[wing].visit(drawn.clients[point.data.meta[point.pointNumber[0]]], drawn.run, drawn.rounds[point.pointNumber[1]]);
+  });
+};
+let turn = 0; // a later drawing takes over from an earlier one
 const draw = async () => {
+  const mine = ++turn;
   let drawn = 0;
+  if (!errors.length) delete root.dataset.assay;
   for (const node of document.querySelectorAll("[data-chart]")) {
-    try {
-      const [traces, layout] = kinds[node.dataset.chart](Number(node.dataset.index), node);
-      if (traces.length) await Plotly.react(node, traces, layout, config);
-      else node.textContent = "Not measured.";
-      drawn += 1;
-    } catch (error) { note(`${node.dataset.chart}: ${error.message}`); }
+    if (!node.closest("[hidden]")) {
+      try { paint(node); } catch (error) { note(`${node.dataset.chart}: ${error.message}`); }
+      await new Promise((resume) => setTimeout(resume));
+      if (mine !== turn) return;
+    }
+    drawn += 1;
   }
+  document.getElementById("js-plotly-tester")?.setAttribute("aria-hidden", "true"); // where plotly measures its texts
   root.dataset.charts = drawn;
   if (!errors.length) root.dataset.assay = "ready";
 };
 
-// A client's rounds are built when it is opened: 100 clients x 25 rounds x 4 runs would be 10,000 rows at once.
-const fill = (details) => {
-  if (!details.open || details.querySelector("table")) return;
-  const rows = data.clients[Number(details.dataset.client)];
-  const add = (parent, tag, text, name) => { const node = parent.appendChild(document.createElement(tag)); if (text !== undefined) node.textContent = text; if (name) node.className = name; return node; };
-  const box = add(details, "div", undefined, "scroll"), table = add(box, "table");
-  add(table, "caption", "Round by round", "hidden");
-  const head = add(add(table, "thead"), "tr");
-  for (const [text, name] of [["Run"], ["Round", "number"], ["Weight", "number"], ["Screen"], ["Reason"], ["Sentence"], ["sha256"]]) add(head, "th", text, name).scope = "col";
-  const body = add(table, "tbody");
-  for (const [run, round, w, ...texts] of rows) {
-    const [screen, reason, sentence, hash] = texts.map((t) => data.texts[t]);
-    const line = add(body, "tr");
-    add(line, "th", data.runs[run].name, "name").scope = "row";
-    add(line, "td", round, "number");
-    add(line, "td", weight(w), "number");
-    add(line, "td", screen || "–");
-    add(add(line, "td"), "code", reason || "–");
-    add(line, "td", sentence || "–", "text");
-    add(add(line, "td"), "code", hash || "–");
+const start = () => {
+  data = JSON.parse(document.getElementById("data").textContent);
+  recall();
+  theme(remembered());
+  for (const wing of Object.keys(wings)) {
+    if (!document.querySelector(`[data-wing="${wing}"]`)) continue;
+    compare(wing);
+    comparing(wing);
+    People[wing] = people(wing);
   }
 };
+const arrive = () => [...document.querySelectorAll(".opener[aria-expanded=true]")].at(-1)?.scrollIntoView({ block: "start" });
 
-addEventListener("DOMContentLoaded", () => {
-  data = JSON.parse(document.getElementById("data").textContent);
-  for (const details of document.querySelectorAll("details[data-client]")) { details.addEventListener("toggle", () => fill(details)); fill(details); }
-  draw();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-});
+start(); // all it touches stands above this script; plotly.js, which takes longest, comes after it
+performance.mark("assay:usable");
+addEventListener("DOMContentLoaded", () => { draw(); if (location.hash.startsWith("#?")) arrive(); });
+addEventListener("hashchange", () => { if (location.hash.startsWith("#?")) { recall(); for (const wing of Object.keys(People)) { compare(wing); People[wing]?.sync(); } draw(); arrive(); } });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+// paper is white whatever the screen is; charts have their colours in them
+const repaint = () => { for (const node of document.querySelectorAll(".js-plotly-plot")) if (!node.closest("[hidden]")) paint(node); };
+let before;
+addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; repaint(); });
+addEventListener("afterprint", () => { if (before) root.dataset.theme = before; else delete root.dataset.theme; repaint(); });

@@ -3,25 +3,25 @@
 // One attack: a marked line for held-out questions, a thin one for what honest nodes sent in training.
 const course = (index, node) => {
   const it = data.swarm.charts[index], share = it.key !== "tokens", height = 270;
-  const shown = it.series.filter((s) => s.line.length || s.marks.length);
+  const drawn = it.series.filter((s) => isShown("swarm", s.run)).filter((s) => s.line.length || s.marks.length);
   const look = (s) => ({ ...data.swarm.runs[s.run], color: colour(`c-${data.swarm.runs[s.run].colour}`) });
-  const [xs, ys] = [0, 1].map((k) => shown.flatMap((s) => [...s.line, ...s.marks].map((point) => point[k])));
+  const [xs, ys] = [0, 1].map((k) => drawn.flatMap((s) => [...s.line, ...s.marks].map((point) => point[k])));
   if (!ys.length) return [[], {}];
   const top = Math.max(...ys) * 1.12 || 1, [low, high] = share && top <= 1.13 ? [-0.04, 1.04] : [0, top];
-  const labelled = shown.length <= 6;
-  const margin = { l: 44, r: labelled ? room(shown.map((s) => look(s).name)) : 20, t: 10, b: 44 };
+  const labelled = drawn.length <= 6;
+  const margin = { l: 44, r: labelled ? room(drawn.map((s) => look(s).name)) : 20, t: 10, b: 44 };
   const hover = (s, what) => `%{y:${share ? ".3f" : ".1f"}}<extra>${plain(look(s).name)}${what}</extra>`;
-  const thin = shown.map((s) => ({
+  const thin = drawn.map((s) => ({
     type: "scatter", mode: "lines", x: s.line.map((p) => p[0]), y: s.line.map((p) => p[1]), opacity: 0.5, cliponaxis: false,
     line: { color: look(s).color, width: 1.2 }, hovertemplate: hover(s, ", training"),
   }));
-  const marked = shown.map((s) => ({
+  const marked = drawn.map((s) => ({
     type: "scatter", mode: "lines+markers", x: s.marks.map((p) => p[0]), y: s.marks.map((p) => p[1]), cliponaxis: false,
     line: { color: look(s).color, width: 2.2, dash: look(s).dash },
     marker: { symbol: look(s).symbol, size: s.marks.length > 40 ? 5 : 8, color: look(s).color, line: { color: colour("paper"), width: 1 } },
     hovertemplate: hover(s, ""),
   }));
-  const ends = shown.map((s) => ({ end: (s.marks.length ? s.marks : s.line).at(-1)[1], text: plain(look(s).name), color: look(s).color }));
+  const ends = drawn.map((s) => ({ end: (s.marks.length ? s.marks : s.line).at(-1)[1], text: plain(look(s).name), color: look(s).color }));
   const last = Math.max(1, ...xs), aside = 0.012 * last;
   return [[...thin, ...marked], {
     ...base(height, margin), hovermode: "closest",
