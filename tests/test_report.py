@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from assay.ledger import Ledger
-from assay.report import ReportError, words, write
+from assay.report import ReportError, limits, words, write
+from assay.report import verdicts as verdicts_kept
 
 HOSTILE = '</script><script>document.documentElement.dataset.owned="1"</script><img src=x onerror="owned()">'
 LINK = '<a href="https://evil.example/">click</a> {{ 7*7 }} <!--'
@@ -512,6 +513,32 @@ def _values(shot: Path) -> int:
         pixels += data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
         at += 12 + length
     return len(set(zlib.decompress(pixels)))
+
+
+def test_limits_are_the_screens_own_and_the_config_s_where_it_says() -> None:
+    from assay.federated.screens import Norm
+    from assay.swarm.screens.model import Seeded
+
+    screens = {"norm": Norm(None), "seeded": Seeded()}
+    assert set(screens) == set(limits.DEFAULTS)
+    for name, knobs in limits.DEFAULTS.items():
+        assert knobs == {knob: getattr(screens[name], knob) for knob in knobs}
+    older, newer = {"defence": {"norm_clip": 1.3}}, {"defence": {"norm_clip": 1.3, "params": {"norm": {"clip": 1.4}}}}
+    assert limits.limit("norm", {}, None, older) == "ratio at most 1.3; refused above 1.5"
+    assert limits.limit("norm", {}, None, newer) == "ratio at most 1.4; refused above 1.5"
+
+
+@pytest.mark.parametrize("level", [verdicts_kept.ALL, verdicts_kept.MARKED, verdicts_kept.BELOW])
+def test_a_page_keeps_first_what_was_marked_down_and_says_where_it_stops(level: int) -> None:
+    weights = {f"client-{i:02d}": 0.0 if i < 2 else 1.0 for i in range(10)}
+    most = {verdicts_kept.ALL: 90, verdicts_kept.MARKED: 30, verdicts_kept.BELOW: 5}[level]
+    kept = verdicts_kept.Kept(most)
+    for round in (1, 2, 3):
+        kept.add(round, [*verdicts(round, weights), "no verdict", {"participant": 7}])
+    assert kept.level == level
+    assert kept.count == sum(map(len, kept.cells.values())) <= most
+    assert len(kept.cells) == {verdicts_kept.ALL: 30, verdicts_kept.MARKED: 6, verdicts_kept.BELOW: 5}[level]
+    assert kept.cut == (3 if level == verdicts_kept.BELOW else 0)
 
 
 @pytest.mark.parametrize("where", ["summary", "ledger", "both"])

@@ -102,7 +102,7 @@ const people = (wing) => {
     } else if (wing === "swarm") make(parent, "p", "The ledger lists verdicts below full weight; here there were none.");
     else make(parent, "p", "The ledger has no verdicts of single screens for this.");
     const proof = make(parent, "p", undefined, { class: "proof" });
-    if (sha) { proof.append("Contribution sha256 "); make(proof, "code", `${sha}…`); proof.append(". "); }
+    if (sha) { proof.append("Contribution sha256 "); make(proof, "code", sha); proof.append(". "); }
     proof.append("In the ledger: ");
     make(proof, "code", sha ? `grep -n ${sha} ${runs[r].ledger}` : `grep -n '"round":${run.rounds[j]},' ${runs[r].ledger}`);
   };
