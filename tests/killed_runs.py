@@ -57,10 +57,10 @@ def play(config: str, directory: Path, on_flower: bool) -> None:
         base = models.load(str(prepared.path), prepared.dtype)
         compute = Serial(Carrier(base, experiment.lora))
         if on_flower:
-            import flower_nodes
+            import flower_apps
 
-            settings = flower_nodes.settings_for(experiment, directory)
-            flower_nodes.on_flower(settings, flower_nodes.simulated(settings), prepared, compute)
+            settings = flower_apps.settings_for(experiment, directory)
+            flower_apps.on_flower(settings, flower_apps.simulated(settings), prepared, compute)
         else:
             local.run(experiment, directory, prepared, compute, given="# given\n")
     else:
@@ -102,7 +102,7 @@ def attempt(config: str, asked: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     import assay.engines.local
     import assay.engines.local_swarm  # noqa: F401
-    import flower_nodes  # noqa: F401 - all of them before any fork
+    import flower_apps  # noqa: F401 - all of them before any fork
 
     for line in sys.stdin:
         print(json.dumps(attempt(sys.argv[1], json.loads(line))), flush=True)
