@@ -146,6 +146,7 @@ def test_the_example_plugin_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ledger.verify(out / "ledger.jsonl", summary["ledger"]["head"]).ok
 
 
+@pytest.mark.slow
 def test_a_broken_link_fails_the_site(tmp_path: Path) -> None:
     """The site's own settings on two pages: links to a page, a heading and a folder pass, links to nothing do not."""
 

@@ -257,6 +257,7 @@ def test_names_of_clients_cannot_leave_the_run(tmp_path: Path) -> None:
         assert _folder([hostile]).isalnum()
 
 
+@pytest.mark.slow
 def test_a_bench_has_a_row_of_what_is_left_without_the_malicious(
     tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
 ) -> None:

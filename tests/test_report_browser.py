@@ -233,6 +233,7 @@ def test_a_node_of_a_swarm_is_followed_to_a_completion(tab: Tab, tmp_path: Path)
         assert part in text
 
 
+@pytest.mark.slow
 def test_a_long_run_is_listed_as_far_as_it_is_looked_at(tab: Tab, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", clients=300, malicious=100, rounds=25)
     visit(tab, write([run], tmp_path / "report.html"))

@@ -133,6 +133,7 @@ def test_the_command_serves_and_ends_cleanly(tmp_path: Path) -> None:
     assert (running.returncode, out, error) == (0, "ended\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium, chromium-browser or google-chrome on PATH")
 def test_an_open_page_is_refreshed_but_never_under_the_reader_s_hands(tmp_path: Path) -> None:
     whole = make_run(tmp_path / "whole", clients=4, malicious=2, rounds=3, names={1: HOSTILE})
