@@ -24,7 +24,7 @@ pytestmark = [
 NODES, ROUNDS = 3, 3
 SMALL = {
     "malicious = 0.0": "malicious = 0.34",
-    "iterations = 20": f"iterations = {ROUNDS}\ngroup = 4",
+    "iterations = 20": f"iterations = {ROUNDS}\ngroup = 8",
     f"prompts = {4 * NODES}": f"prompts = {NODES}",
 }
 """The experiment as `init` wrote it, with one node that attacks, and less of what only takes time."""
@@ -76,8 +76,13 @@ def test_equal_weights_after_each_round_and_the_attacker_struck_out(swarm: Deplo
     summaries = until("the end", lambda: _all(run_dir.read_summary(folder) for folder in folders.values()))
     ledgers = [rounds_of(folder) for folder in folders.values()]
     models = [[body["model_after"] for body in ledger] for ledger in ledgers]
-    assert len(models[0]) == len(set(models[0])) == ROUNDS  # it learnt something in each
+    assert len(models[0]) == ROUNDS
     assert all(found == models[0] for found in models)
+    # a round whose groups all end with equal rewards has nothing to teach: which do depends on the processor's rounding
+    moved = [body["model_before"] != body["model_after"] for body in ledgers[0]]
+    assert any(moved)
+    for folder in folders.values():
+        assert [row["grad_norm"] > 0 for row in run_dir.read_metrics(folder) if row["round"]] == moved
     assert len({summary["fingerprint"] for summary in summaries}) == 1
     assert len({summary["head"] for summary in summaries}) == 1
     for summary in summaries:

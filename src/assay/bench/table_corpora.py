@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from assay.bench.table_runs import by
@@ -11,12 +11,8 @@ from assay.bench.table_runs import by
 def hostile(found: Mapping[str, Any]) -> str:
     """Hostile replies to a Flower server: what stock FedAvg made of each, what Assay did."""
     rows = found["rows"]
-    told = (
-        f"{who} " + ", ".join(f"{len(some)} {what}" for what, some in sorted(by(rows, key).items()))
-        for who, key in (("Stock FedAvg:", "stock"), ("Assay:", "assay"))
-    )
     lines = [
-        f"{len(rows)} replies. {'. '.join(told)}.",
+        f"{len(rows)} replies. {_counts(rows, {'Stock FedAvg': 'stock', 'Assay': 'assay'})}",
         "",
         "| reply | what the client sends | stock FedAvg | Assay | reason |",
     ]
@@ -39,12 +35,8 @@ def hostile(found: Mapping[str, Any]) -> str:
 def messages(found: Mapping[str, Any]) -> str:
     """Hostile messages in a swarm's pool: what became of the round, why the message was refused, what it cost its node."""
     rows = found["rows"]
-    told = (
-        f"{who} " + ", ".join(f"{len(some)} {what}" for what, some in sorted(by(rows, key).items()))
-        for who, key in (("A node without checks:", "plain"), ("Assay:", "assay"))
-    )
     lines = [
-        f"{len(rows)} messages. {'. '.join(told)}.",
+        f"{len(rows)} messages. {_counts(rows, {'A node without checks': 'plain', 'Assay': 'assay'})}",
         "",
         "| message | what it is | without checks | Assay | reason | strike |",
         "|---" * 6 + "|",
@@ -58,6 +50,15 @@ def messages(found: Mapping[str, Any]) -> str:
         )
     lines += ["", f"`{found['command']}` · torch {found['versions']['torch']} · commit {found['commit']}"]
     return "\n".join(lines) + "\n"
+
+
+def _counts(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """`columns`: who, and the key of what became of it: "Assay: 89 survived."."""
+    told = (
+        f"{who}: " + ", ".join(f"{len(some)} {what}" for what, some in sorted(by(rows, key).items()))
+        for who, key in columns.items()
+    )
+    return ". ".join(told) + "."
 
 
 def soak(found: Mapping[str, Any]) -> str:

@@ -64,7 +64,8 @@ class Length:
         for update, norm in zip(round.updates, lengths([u.tensors for u in round.updates])):
             ratio = np.nan if self.longest is None else norm / self.longest
             told = f"changes the layers {ratio:.2f} x as far as the farthest honest reference (limit {self.refuse:g})"
-            weight, score = float(not ratio > self.refuse), ratio
+            weight = 1.0 if self.longest is None else float(ratio <= self.refuse)  # not a number is not short enough
+            score = ratio
             evidence = {"norm": norm} if self.longest is None else {"norm": norm, "ratio": ratio}
             if norm == 0:
                 weight, told = 0.0, "changes nothing: every lora_B is zero"
