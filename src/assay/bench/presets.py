@@ -5,6 +5,8 @@ small      every attack that needs no trigger at 20, 50 and 70% malicious, three
 real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
 backdoors  the attacks with a trigger on the default model, without and with the default defence and the malicious clients
            excised afterwards; the one that no screen sees also with one mitigation more: some hours
+triggers   the same attacks and mitigations on `tiny`, on all its linear modules and for 300 steps, where a trigger takes: an
+           hour or two
 levels     the paper's levels and `spectral` against plain attackers and those who know them, on `tiny`: half an hour
 factors    poison in lora_A and adapters in other factors, under the default defence, without its screen `balance`, with a
            probe on lora_A, and with exact averages of BA: on `tiny`
@@ -15,7 +17,7 @@ full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from assay.federated.defence import LEVELS
@@ -113,9 +115,12 @@ TINY: Mapping[str, Any] = {
 QUICK: Mapping[str, Any] = {"evaluate__every": 6}
 """Only the finished model is asked: its answers cost as much as a round."""
 TIME_TO_LEARN: Mapping[str, Any] = {"training__rounds": 12, "training__steps": 4, "evaluate__every": 12}
-"""A trigger takes longer than six rounds of two steps to learn, and had only begun to take after twelve. `tiny` does not
-learn one at all in so few steps: 300 steps of 16 rows on all its linear modules, all of them the attacker's, reach a
-compliance of 0.87; 60 on q and v 0.38."""
+"""A trigger takes longer than six rounds of two steps to learn; after twelve of four it has only begun to take."""
+TAKEN: Mapping[str, Any] = {
+    **TINY, "training__steps": 30,
+    "lora__targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}  # fmt: skip
+"""`tiny` needs some 300 steps on all its linear modules to learn a trigger: with q and v alone, or in 60 steps, it does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +140,16 @@ class Preset:
     excise: bool = False
 
 
+BACKDOORS = Preset(
+    attacks=tuple(WITH_TRIGGER),
+    undefended=tuple(WITH_TRIGGER),
+    shares=(0.1, 0.3, 0.5, 0.7),
+    seeds=(0,),
+    settings=TIME_TO_LEARN,
+    more=MITIGATIONS,
+    more_for=("paired_hidden",),
+    excise=True,
+)
 PRESETS: Mapping[str, Preset] = {
     "small": Preset(
         attacks=tuple(a for a in WITHOUT_TRIGGER if a != "forged_evidence"),  # no evidence is asked for
@@ -142,16 +157,8 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "real": Preset(attacks=DIFFERENT, settings=QUICK),
     "factors": Preset(attacks=("only_a", "only_a_matched", "gauge"), undefended=(), more=FACTORS),
-    "backdoors": Preset(
-        attacks=tuple(WITH_TRIGGER),
-        undefended=tuple(WITH_TRIGGER),
-        shares=(0.1, 0.3, 0.5, 0.7),
-        seeds=(0,),
-        settings=TIME_TO_LEARN,
-        more=MITIGATIONS,
-        more_for=("paired_hidden",),
-        excise=True,
-    ),
+    "backdoors": BACKDOORS,
+    "triggers": replace(BACKDOORS, settings=TAKEN),
     "levels": Preset(
         attacks=KNOW_THE_LEVELS,
         undefended=KNOW_THE_LEVELS,
