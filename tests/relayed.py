@@ -11,7 +11,8 @@ from flwr.app import Context, Message, RecordDict
 from assay.bench.flower_grid import InProcessGrid
 from assay.config import SwarmExperiment
 from assay.engines.flower import swarm_node, swarm_relay
-from assay.engines.relayed_swarm import Answer, Request, Settings, turn
+from assay.engines.relay import Answer, Request
+from assay.engines.relayed_swarm import Settings, turn
 from assay.engines.swarm_world import plan_for
 from assay.ledger import Ledger
 from assay.swarm.build import make_task

@@ -21,8 +21,9 @@ from assay.config import ConfigError
 from assay.engines.flower.deploying import Deployment, write
 from assay.engines.flower.federated_settings import Settings
 from assay.engines.flower.swarm_relay import DEFAULTS
+from assay.engines.relay import read_mail
 
-WINGS = ("federated", "swarm")
+WINGS = ("federated", "swarm", "trl")
 
 
 def written(folder: Path, **more: object) -> Path:
@@ -39,7 +40,7 @@ def test_flower_takes_the_app(wing: str, tmp_path: Path) -> None:
     keys = set(found["tool"]["flwr"]["app"]["config"])
     assert (
         keys == {"folder", *DEFAULTS}
-        if wing == "swarm"
+        if wing != "federated"
         else keys == {"experiment", "out", "timeout", "wait", "min-nodes"}
     )
 
@@ -69,6 +70,14 @@ def test_the_swarms_nodes_hold_the_relays_experiment(tmp_path: Path) -> None:
     assert len(set(names)) == 2  # seeds come from it
 
 
+def test_trainers_and_their_relay_hold_one_file(tmp_path: Path) -> None:
+    one, other = (written(tmp_path / name, wing="trl") for name in ("one", "other"))
+    assert (one / "server/mail.toml").read_bytes() == (one / "node/mail.toml").read_bytes()
+    mails = [read_mail(made / "node/mail.toml") for made in (one, other)]
+    assert len({mail.run for mail in mails}) == 2
+    assert not (one / "server/experiment.toml").exists()
+
+
 def test_no_secret_is_in_what_nodes_receive(tmp_path: Path) -> None:
     made = written(tmp_path / "made")
     experiment = config.load(made / "server/experiment.toml")
@@ -94,18 +103,18 @@ def test_private_keys_and_secrets_are_for_their_owner_alone(wing: str, tmp_path:
     before = os.umask(0)
     try:
         run(made / "server/certificates.sh")
-        run(node / "key.sh", *(["node-1"] if wing == "swarm" else []))
+        run(node / "key.sh", *([] if wing == "federated" else ["node-1"]))
     finally:
         os.umask(before)
-    private = [made / "server/experiment.toml", *made.rglob("*.key"), *made.rglob("*.pem")]
-    assert len(private) == (5 if wing == "swarm" else 4)
+    private = [*made.rglob("server/experiment.toml"), *made.rglob("*.key"), *made.rglob("*.pem")]
+    assert len(private) == {"federated": 4, "swarm": 5, "trl": 4}[wing]
     assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
     assert stat.S_IMODE((made / "server").stat().st_mode) == 0o700
     said = run("openssl", "x509", "-in", made / "server/server.crt", "-noout", "-text")
     assert "DNS:fl.example.org" in said
     assert "IP Address:127.0.0.1" in said
     run("openssl", "verify", "-CAfile", node / "ca.crt", made / "server/server.crt")
-    if wing == "swarm":
+    if wing != "federated":
         assert re.fullmatch(r'node-1 = "[0-9a-f]{64}"\n', (node / "node.line").read_text())
     for script, *more in ([made / "server/certificates.sh"], [node / "key.sh", "node-1"]):
         with pytest.raises(subprocess.CalledProcessError) as error:

@@ -17,7 +17,8 @@ from assay.config import ConfigError
 from assay.engines import journal, local_swarm
 from assay.engines.flower import swarm_node, swarm_relay, swarm_run
 from assay.engines.flower.swarm_records import answer_content, read_answer
-from assay.engines.relayed_swarm import Answer, Request, turn
+from assay.engines.relay import Answer, Request
+from assay.engines.relayed_swarm import turn
 from assay.swarm.keys import make_key, read_keys, write_keys
 from assay.swarm.relayed import encode_pool
 from relayed import Relay, on_grid, play, pools_in, rounds_of, tiny, told_of

@@ -14,10 +14,11 @@ deploy_app = typer.Typer(help="A deployment on Flower: TLS, authenticated nodes.
 
 
 class Kind(StrEnum):
-    """Which of the two wings is deployed."""
+    """What is deployed: one of the two wings, or a relay between trainers of TRL."""
 
     FEDERATED = "federated"
     SWARM = "swarm"
+    TRL = "trl"
 
 
 @deploy_app.command("init")

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -27,6 +26,7 @@ from assay import checkpoint, run_dir
 from assay.config import ConfigError, SwarmExperiment, parse_any
 from assay.contribution import Refusal
 from assay.engines import journal
+from assay.engines.relay import Answer, Request, Status
 from assay.engines.swarm_world import (
     World,
     absorb,
@@ -60,8 +60,6 @@ from assay.wire import WireError, encode_rollout
 SENT = "sent"
 KEPT = 2  # own messages that are kept: of the round that is open, and of the one before
 
-Status = Literal["ok", "behind", "refused", "done"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -85,29 +83,6 @@ class Settings:
             raise ConfigError(f"node {self.node!r} is not of this experiment: its nodes are node-0 to node-{nodes - 1}")
         if self.quorum is not None and not 1 <= self.quorum <= nodes:
             raise ConfigError(f"quorum is {self.quorum}: give a number from 1 to {nodes}, or leave it out")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What a relay asks: answer `round` (the one after the last: only learn), given these pools by round."""
-
-    round: int
-    plan: bytes
-    pools: Mapping[int, bytes] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """`ok`: here is the signed message. `behind`: pools from `learnt` + 1 on are needed. `refused`: the reason says why.
-    `done`: the run is over. `learnt`: rounds learnt; `model`: the hash of the weights since then."""
-
-    status: Status
-    learnt: int
-    head: str
-    model: str
-    message: bytes = b""
-    reason: str = Reason.OK.value
-    sentence: str = ""
 
 
 class _Refused(Exception):

@@ -62,14 +62,18 @@ def write_keys(path: str | Path, public: dict[str, str]) -> None:
     checkpoint.write_atomic(path, "\n".join(["[nodes]", *lines]) + "\n")
 
 
-def read_keys(path: str | Path, nodes: Iterable[str]) -> dict[str, Ed25519PublicKey]:
-    """The public keys of exactly these nodes. ConfigError for another set of names, a key that is none or used twice."""
+def read_keys(path: str | Path, nodes: Iterable[str] | None = None) -> dict[str, Ed25519PublicKey]:
+    """The public keys of exactly these nodes, or of whomever the file names.
+
+    ConfigError for another set of names, a key that is none or used twice.
+    """
     try:
         found = tomllib.loads(Path(path).read_text()).get("nodes")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a TOML file of keys ({type(error).__name__})") from None
-    wanted = sorted(nodes)
-    if not isinstance(found, dict) or sorted(found) != wanted:
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(f"{path}: [nodes] names nobody")
+    if nodes is not None and sorted(found) != (wanted := sorted(nodes)):
         raise ConfigError(f"{path}: [nodes] must name exactly {', '.join(wanted)}")
     if len(set(map(str, found.values()))) < len(found):
         raise ConfigError(f"{path}: two nodes have the same key")

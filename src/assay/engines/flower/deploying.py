@@ -4,7 +4,7 @@
     server/   for the server's operator alone: experiment, certificates, SuperLink, registration, run
     node/     what every node gets a copy of: its key, its SuperNode
 
-The templates lie in `deployment/`. No key is made here: private keys are made where they stay, by the scripts, with
+The templates lie in `deployment/`: what all have, what all have whose nodes sign, and what is one kind's own. No key is made here: private keys are made where they stay, by the scripts, with
 `openssl` and `ssh-keygen`.
 """
 
@@ -26,13 +26,14 @@ TEMPLATES = Path(__file__).parent / "deployment"
 PLACE = re.compile(r"@([A-Z]+)@")
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 PROMPTS = 4  # of a swarm's round, for each node
+PARTS = {"federated": ("both", "federated"), "swarm": ("both", "signed", "swarm"), "trl": ("both", "signed", "trl")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """What is to be deployed. `address`: host:port under which nodes reach the server. ConfigError for what cannot be."""
 
-    wing: Literal["federated", "swarm"] = "federated"
+    wing: Literal["federated", "swarm", "trl"] = "federated"
     nodes: int = 10
     address: str = "127.0.0.1:9092"
     model: str = "smollm2-135m"
@@ -79,16 +80,23 @@ def write(directory: Path, deployment: Deployment) -> list[Path]:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory}: is there already; choose another directory, nothing is overwritten")
     values = deployment.values(directory)
+
+    def filled(path: Path) -> str:
+        return PLACE.sub(lambda found: values[found[1]], path.read_text(encoding="utf-8"))
+
+    values["PROXY"] = filled(TEMPLATES / "proxy.md").rstrip()
     files = {
-        path.relative_to(part): PLACE.sub(lambda found: values[found[1]], path.read_text(encoding="utf-8"))
-        for part in (TEMPLATES / "both", TEMPLATES / deployment.wing)
-        for path in sorted(part.rglob("*"))
+        path.relative_to(TEMPLATES / part): filled(path)
+        for part in PARTS[deployment.wing]
+        for path in sorted((TEMPLATES / part).rglob("*"))
         if path.is_file()
     }
     experiment = Path("server/experiment.toml")
-    _check(files[experiment])
-    if deployment.wing == "swarm":
-        files[Path("node/experiment.toml")] = files[experiment]
+    if experiment in files:
+        _check(files[experiment])
+    for name in ("experiment.toml", "mail.toml"):  # what nodes must hold as well
+        if deployment.wing != "federated" and Path("server", name) in files:
+            files[Path("node", name)] = files[Path("server", name)]
     (directory / "server").mkdir(parents=True, mode=0o700)
     for relative, text in sorted(files.items()):
         path = directory / relative

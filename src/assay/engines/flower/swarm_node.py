@@ -25,7 +25,8 @@ from flwr.clientapp import ClientApp
 from assay import config
 from assay.config import ConfigError, SwarmExperiment
 from assay.engines.flower.swarm_records import answer_content, read_request
-from assay.engines.relayed_swarm import Answer, Settings, turn
+from assay.engines.relay import Answer
+from assay.engines.relayed_swarm import Settings, turn
 from assay.wire import WireError
 
 STATE = "assay.swarm"

@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from assay.engines.relayed_swarm import Answer, Request
+from assay.engines.relay import Answer, Request
 from assay.verdict import Reason
 from assay.wire import WireError
 from assay.wire.envelope import malformed, show

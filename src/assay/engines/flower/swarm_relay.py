@@ -6,6 +6,8 @@ node's name, does not take an honest one's place; nodes check all of it again. I
 
     folder="/srv/swarm/relay"    needed: earlier pools lie here, in atomic files
     experiment= keys=            default: experiment.toml and keys.toml in the folder
+    mail=                        in place of an experiment, for trainers that bring their own plans (docs/TRL.md); default:
+                                 mail.toml in the folder, if it is there
     timeout= poll=               seconds: how long a round waits for answers (600), between two looks (1.0)
     attempts=                    how often a round is asked again until a quorum has answered (10)
     keep-pools=                  pools that are kept for nodes that missed rounds (256)
@@ -20,7 +22,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,23 +30,19 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from assay import checkpoint, config, models
+from assay import checkpoint, config
 from assay.config import ConfigError, SwarmExperiment
 from assay.engines import journal
+from assay.engines.flower.agenda import agenda_of
 from assay.engines.flower.guard import GuardedGrid
 from assay.engines.flower.swarm_records import read_answer, request_content
-from assay.engines.relayed_swarm import Answer, Request
-from assay.engines.swarm_world import dumped, node_names, plan_for, public_name
-from assay.swarm.build import make_task
-from assay.swarm.exchange import Plan, Rules, template
-from assay.swarm.keys import read_keys
-from assay.swarm.relayed import encode_pool, majority, plan_bytes
-from assay.swarm.signed import OVERHEAD, Keys, verified
+from assay.engines.relay import Answer, Mail, Request, read_mail
+from assay.swarm.relayed import encode_pool, majority
+from assay.swarm.signed import OVERHEAD, verified
 from assay.verdict import Reason
 from assay.wire import WireError
 
 log = logging.getLogger("flwr")
-ANY_VOCABULARY = 2**32  # the relay reads no token
 CATCH_UP = 8
 """Earlier pools in one message at most; a node that lacks more comes back for the rest."""
 ANSWER_BYTES = 1 << 16  # of an answer besides its message
@@ -56,7 +54,7 @@ class RelaySettings:
     """What the relay's operator says; see the module."""
 
     folder: Path
-    experiment: SwarmExperiment
+    experiment: SwarmExperiment | Mail
     keys: Path
     timeout: float = 600.0
     poll: float = 1.0
@@ -76,18 +74,25 @@ def settings_of(context: Context) -> RelaySettings:
     if not isinstance(given.get("folder"), str):
         raise ConfigError("the relay needs folder in the run config: flwr run . --run-config 'folder=\"/srv/relay\"'")
     folder = Path(given["folder"])
-    experiment = config.load(given.get("experiment", folder / "experiment.toml"))
-    if not isinstance(experiment, SwarmExperiment):
-        raise ConfigError(f"{folder}: the experiment is of the {experiment.wing} wing; this app is for swarms")
     return RelaySettings(
         folder=folder,
-        experiment=experiment,
+        experiment=_carried(given, folder),
         keys=Path(given.get("keys", folder / "keys.toml")),
         timeout=float(given["timeout"]),
         poll=float(given["poll"]),
         attempts=int(given["attempts"]),
         keep_pools=int(given["keep-pools"]),
     )
+
+
+def _carried(given: Mapping[str, Any], folder: Path) -> SwarmExperiment | Mail:
+    mail = Path(given.get("mail") or folder / "mail.toml")
+    if "mail" in given or ("experiment" not in given and mail.exists()):
+        return read_mail(mail)
+    experiment = config.load(given.get("experiment", folder / "experiment.toml"))
+    if not isinstance(experiment, SwarmExperiment):
+        raise ConfigError(f"{folder}: the experiment is of the {experiment.wing} wing; this app is for swarms")
+    return experiment
 
 
 def make_app(
@@ -142,33 +147,21 @@ class Relay:
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.settings, self.on_round, self.stopped = settings, on_round, stopped
-        experiment = settings.experiment
-        self.nodes, self.rounds = node_names(experiment), experiment.swarm.iterations
-        self.keys: Keys = read_keys(settings.keys, self.nodes)
-        journal.claim(settings.folder, {"experiment": dumped(experiment)}, {"experiment": dumped(experiment)}, "")
-        run = experiment.swarm.run  # where it has a name of its own, the relay needs no model
-        self.rules = Rules(
-            run=run or public_name(experiment, _weights(experiment)), vocabulary=ANY_VOCABULARY,
-            max_tokens=experiment.sampling.max_tokens, ids=make_task(experiment).train,
-        )  # fmt: skip
-        plan = self.plan(1)
-        self.max_contents = max(template(node, plan, self.rules).message_bytes for node in self.nodes)
+        self.agenda = agenda = agenda_of(settings.experiment, settings.keys)
+        journal.claim(settings.folder, agenda.identity, agenda.identity, "")
         self.pools = settings.folder / "pools"
         self._learnt: dict[int, int] = {}  # Flower node -> rounds it says it has learnt
 
-    def plan(self, index: int) -> Plan:
-        return plan_for(self.settings.experiment, self.rules, index)
-
     def play(self, grid: Grid) -> None:
         """All rounds from the first that has no pool yet, and the message after the last. ConfigError without a quorum."""
-        limit = OVERHEAD + self.max_contents + ANSWER_BYTES
+        limit = OVERHEAD + self.agenda.max_contents + ANSWER_BYTES
         guarded = _Grid(grid, timeout=self.settings.timeout, poll=self.settings.poll, max_reply_bytes=limit)
         guarded.stopped = self.stopped
         self._wait(guarded)
-        for index in range(self.last + 1, self.rounds + 1):
+        for index in range(self.last + 1, self.agenda.rounds + 1):
             self._keep(index, self._gather(guarded, index))
             self.on_round(index)
-        self._gather(guarded, self.rounds + 1)
+        self._gather(guarded, self.agenda.rounds + 1)
 
     @property
     def last(self) -> int:
@@ -185,25 +178,27 @@ class Relay:
     def _wait(self, grid: Grid) -> None:
         """Until everybody is connected, or the time-out is over: the rounds will tell whether it is enough."""
         end = time.monotonic() + self.settings.timeout
-        while len(list(grid.get_node_ids())) < len(self.nodes) and time.monotonic() < end:
+        while len(list(grid.get_node_ids())) < len(self.agenda.keys) and time.monotonic() < end:
             time.sleep(self.settings.poll)
 
     def _gather(self, grid: GuardedGrid, index: int) -> dict[str, bytes]:
         """Ask for round `index` until a quorum holds one history -> signed messages by node."""
-        round, quorum = _Round(index), majority(len(self.nodes))
+        round, quorum = _Round(index), majority(len(self.agenda.keys))
         for _ in range(self.settings.attempts):
             asked = [id for id in grid.get_node_ids() if id not in round.answered]
             while asked:  # again and at once only those that were sent pools they lacked
                 asked = self._ask(grid, round, asked)
             held = (
-                len(round.answered) if index > self.rounds else max(Counter(round.heads.values()).values(), default=0)
+                len(round.answered)
+                if index > self.agenda.rounds
+                else max(Counter(round.heads.values()).values(), default=0)
             )
             if held >= quorum:
                 return round.messages
             log.warning("Assay: round %d has %d answers of one history, asking again", index, held)
             time.sleep(self.settings.poll)
         raise ConfigError(
-            f"round {index}: no {quorum} of {len(self.nodes)} nodes answered with one history; see their ledgers, and "
+            f"round {index}: no {quorum} of {len(self.agenda.keys)} nodes answered with one history; see their ledgers, and "
             "start the run again when they are back: it goes on where it stopped"
         )
 
@@ -238,7 +233,7 @@ class Relay:
         first = min(self._learnt.get(id, index - 2), index - 2) + 1
         wanted = range(max(1, first), min(index, max(1, first) + CATCH_UP))
         pools = {i: self._path(i).read_bytes() for i in wanted if self._path(i).exists()}
-        return Request(round=index, plan=plan_bytes(self.plan(index)) if index <= self.rounds else b"", pools=pools)
+        return Request(round=index, plan=self.agenda.plan(index) if index <= self.agenda.rounds else b"", pools=pools)
 
     def _read(self, reply: Message) -> Answer | None:
         node = reply.metadata.src_node_id
@@ -246,7 +241,7 @@ class Relay:
             log.warning("Assay: node %s: %s", node, reply.error.reason)
             return None
         try:
-            return read_answer(reply.content, OVERHEAD + self.max_contents)
+            return read_answer(reply.content, OVERHEAD + self.agenda.max_contents)
         except WireError as error:
             log.warning("Assay: answer of node %s refused: %s: %s", node, error.reason.value, error)
             return None
@@ -254,8 +249,8 @@ class Relay:
     def _take(self, id: int, round: _Round, message: bytes) -> None:
         """A message for the pool, if it is the first one that its node's key has signed for this round."""
         try:
-            statement = verified(message, self.keys, self.max_contents)
-            if (statement.run, statement.round) != (self.rules.run, round.index):
+            statement = verified(message, self.agenda.keys, self.agenda.max_contents)
+            if (statement.run, statement.round) != (self.agenda.run, round.index):
                 raise WireError(Reason.WRONG_ROUND, f"signed for round {statement.round}, expected {round.index}")
             if statement.node in round.messages:
                 raise WireError(Reason.DUPLICATE, f"a second message of {statement.node}")
@@ -263,11 +258,6 @@ class Relay:
             log.warning("Assay: message of node %s is left out: %s: %s", id, error.reason.value, error)
             return
         round.messages[statement.node], round.heads[statement.node] = message, statement.head
-
-
-def _weights(experiment: SwarmExperiment) -> dict[str, str]:
-    names: Iterable[str] = dict.fromkeys((experiment.model.name, *experiment.model.others))
-    return {name: models.load(name, experiment.model.dtype).sha256 for name in names}
 
 
 app = make_app()

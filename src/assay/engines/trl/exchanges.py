@@ -39,7 +39,8 @@ class Exchange(Protocol):
     def collect(self, round: int, limits: Mapping[str, int]) -> Mapping[str, bytes | None]:
         """The messages of the nodes named in `limits`; None for who sent nothing in time.
 
-        Of a message longer than its limit (bytes) read one byte more than that: the wire refuses it as too large.
+        Of a message longer than its limit (bytes) read one byte more than that: the wire refuses it as too large. An
+        exchange that can lose this node's own message names this node as well: what it says is then what counts.
         """
         ...
 

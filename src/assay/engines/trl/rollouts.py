@@ -185,7 +185,8 @@ class ScreenedRollouts:
         peers = [peer for peer in batch.plan.asked if peer != node]
         limits = {peer: template(peer, batch.plan, rules).message_bytes for peer in peers}
         found = self.exchange.collect(self.round, limits)
-        return gather({**{peer: found.get(peer) for peer in peers}, node: message}, batch.plan, rules)
+        own_message = found.get(node, message)  # a relay may have lost it: then nobody has it
+        return gather({**{peer: found.get(peer) for peer in peers}, node: own_message}, batch.plan, rules)
 
     def _screen(
         self, trainer: Any, prompts: Sequence[Any], batch: Batch, gathered: Gathered, terms: Terms, model_sha256: str
