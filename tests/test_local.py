@@ -265,6 +265,7 @@ def assay(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_resumes_to_the_same_end(
     whole: Path, tmp_path: Path, cache: Path, prepared: Prepared
 ) -> None:
@@ -357,7 +358,8 @@ def test_a_scaffold_run_resumes_with_its_control_variates(
 def test_thresholds_are_rehearsed_with_the_runs_own_terms(
     changes: dict[str, Any], tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
 ) -> None:
-    summary = local.run(small.changed(name="terms", evaluate__every=3, **changes), tmp_path / "run", prepared, pool)
+    changed = small.changed(name="terms", training__rounds=2, evaluate__every=2, **changes)
+    summary = local.run(changed, tmp_path / "run", prepared, pool)
     assert summary["metrics"]["honest_weight_mean"] >= 0.8
     assert summary["metrics"]["malicious_weight_mean"] <= 0.4
 

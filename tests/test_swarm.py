@@ -434,6 +434,7 @@ every = 2
 """
 
 
+@pytest.mark.slow
 def test_kill_and_resume_ends_where_the_unbroken_run_ends(tmp_path: Path) -> None:
     config = tmp_path / "killed.toml"
     config.write_text(TOML)
