@@ -79,11 +79,13 @@ def run_all(
     """Run experiments under one progress bar: federated ones share a pool of workers (and must share model and LoRA
     settings), swarm ones run side by side. Finished runs are taken as they are. `shared`: what federated runs have in
     common is computed once (same results; their seconds are then no longer each one's own)."""
-    from assay import run_dir
+    from assay import run_dir, track
     from assay.bench.second_model import second_model
     from assay.engines import local, local_swarm, side_by_side
     from assay.engines.memo import Memo
 
+    for e in experiments:
+        track.check(e.track)  # before minutes of preparation
     folder = {e.name: (where or {}).get(e.name, out / e.name) for e in experiments}
     command = shlex.join(["assay", *sys.argv[1:]])
     federated_ones = [e for e in experiments if isinstance(e, Experiment)]
@@ -112,11 +114,14 @@ def on_flower(
     experiments: Sequence[AnyExperiment], out: Path, where: Mapping[str, Path] | None = None, given: str = ""
 ) -> dict[str, dict[str, Any]]:
     """`run_all` on Flower's simulation, one run after the other."""
+    from assay import track
     from assay.bench.second_model import second_model
     from assay.engines import local, local_swarm
     from assay.engines.flower import simulation, swarm_run
 
     summaries = {}
+    for e in experiments:
+        track.check(e.track)
     command = shlex.join(["assay", *sys.argv[1:]])
     with bar() as tracker:
         for e in experiments:
