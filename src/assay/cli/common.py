@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assay.config import AnyExperiment, ConfigError, Experiment, SwarmExperiment
+from assay.progress import PROGRESS
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that relative data paths of the config start from.")]
@@ -56,6 +58,12 @@ def bar() -> Iterator[Any]:
 
     with Bar() as bar:
         yield bar
+
+
+def lines(text: str) -> None:
+    """Progress as lines, where it is wanted at all."""
+    if os.environ.get(PROGRESS) != "quiet":
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
