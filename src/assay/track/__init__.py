@@ -115,13 +115,14 @@ class _Follower:
         except BlockingIOError:  # it is slow, and has been woken often enough
             pass
         except OSError:
-            self.end()
+            self.end(gone=True)
 
-    def end(self) -> None:
-        """Let it write what is left; tell of it where it could not."""
+    def end(self, gone: bool = False) -> None:
+        """Let it write what is left; tell of it where it could not. `gone`: it has ended before it was asked to."""
         if self.process is None:
             return
         process = self.process
+        gone = gone or process.poll() is not None
         assert process.stdin is not None
         process.stdin.close()
         try:
@@ -132,7 +133,7 @@ class _Follower:
             self._off(f"it did not end within {PATIENCE:g} s")
         else:
             left = (self.directory / run_dir.SUMMARY).exists() and not _has_all(self.directory, self.name)
-            if code or left:
+            if code or left or gone:
                 self._off(_last_line(self.log) or f"its process ended with code {code}")
         self.process = None
 
