@@ -101,6 +101,13 @@ def test_only_the_wire_of_a_judge_needs_openai() -> None:
             assert name_of(path) == "assay.swarm.judge_wire"
 
 
+def test_only_trackers_need_the_trackers_packages() -> None:
+    for path in MODULES:
+        if re.search(r"^\s*(import|from) (tensorboard|wandb|trackio)\b", path.read_text(), re.MULTILINE):
+            assert name_of(path) == "assay.track.kinds"
+            assert not re.search(r"^(import|from) (tensorboard|wandb|trackio)\b", path.read_text(), re.MULTILINE)
+
+
 def test_attacks_never_import_screens() -> None:
     for path in MODULES:
         if "attacks" in path.with_suffix("").parts:

@@ -4,6 +4,7 @@ experiment.toml   the config as it was given            resolved.json   the conf
 ledger.jsonl      hash-chained record of every round    metrics.jsonl   one row per round, row 0 before training
 checkpoints/      state to resume from                  adapter/        the final adapter in PEFT format
 updates/          accepted updates by hash (excise)     excised/        adapters without a client, with reports
+track/            what experiment trackers made of metrics and summary, where the config names any
 summary.json      written last: a run without it is not finished
 """
 

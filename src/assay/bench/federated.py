@@ -172,6 +172,6 @@ def results(
         "seconds_shared": shared,
         "model": next(iter(summaries.values()))["model"],
         # where the data lies differs from machine to machine and changes no number
-        "experiment": base.model_dump(mode="json", exclude={"data": {"root"}}),
+        "experiment": base.model_dump(mode="json", exclude={"data": {"root"}, "track": True}),
         "rows": [*(row(e, summaries[e.name]) for e in experiments), *more],
     }

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from assay.cli.common import DataRoot, Json, Set, bar, federated, print_table, run_all, show, write_report
+from assay.cli.common import DataRoot, Json, Set, bar, federated, lines, print_table, run_all, show, write_report
 from assay.config import AnyExperiment, ConfigError
 from assay.spool import SpoolError
 
-bench_app = typer.Typer(help="Measured proof: suites of attacks and defences.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measured proof: suites of attacks and defences.", rich_markup_mode="markdown", no_args_is_help=True
+)
 Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
 LEVELS = ("submitted", "step", "client", "shadow")
 Only = Annotated[
@@ -57,7 +59,16 @@ def bench_federated(
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Honest only, undefended and every level, for every seed: rows of attack, defence, share, seed and metrics."""
+    """Honest only, undefended and every level, for every seed: rows of attack, defence, share, seed and metrics.
+
+    Examples:
+
+        assay bench federated --seeds 0,1,2
+
+        assay bench federated --attacks blend,alie --shares 0.2,0.5 --levels none,submitted
+
+        assay bench federated --preset small --only=50pct,-noise --results rows.json
+    """
     from assay import config
     from assay.bench import federated as suite
     from assay.bench.presets import PRESETS
@@ -102,7 +113,14 @@ def bench_swarm(
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Attacks on decentralised GRPO against every defence: rows of attack, defence, share, plan, seed and metrics."""
+    """Attacks on decentralised GRPO against every defence: rows of attack, defence, share, plan, seed and metrics.
+
+    Examples:
+
+        assay bench swarm
+
+        assay bench swarm --suite core,adaptive --seeds 0 --results rows.json
+    """
     from assay import config
     from assay.bench import swarm
 
@@ -133,7 +151,15 @@ def bench_soak(
     as_json: Json = False,
 ) -> None:
     """Memory, seconds and disk of a server with many clients; no model is trained. 13.6 GB of disk at the defaults. Goes on
-    where it stopped."""
+    where it stopped.
+
+    Examples:
+
+        assay bench soak --clients 100 --rounds 5        # 1.4 GB of disk
+
+        assay bench soak --aggregator median --results soak.json
+    """
+    from assay import run_dir
     from assay.bench import soak
 
     settings = soak.Settings(
@@ -141,7 +167,14 @@ def bench_soak(
         aggregator=aggregator, seed=seed,
     )  # fmt: skip
     try:
-        found = soak.run(settings, out, results, _command(), lambda text: print(text, file=sys.stderr, flush=True))
+        with bar() as tracker:
+            tracker.add(rounds - max(0, len(run_dir.read_metrics(out)) - 1))  # row 0 is the start
+
+            def say(text: str) -> None:
+                tracker.say(text)
+                tracker.tick(1)
+
+            found = soak.run(settings, out, results, _command(), say)
     except SpoolError as error:
         raise ConfigError(f"--out: {error}") from None
     highest = max((row["peak_bytes"] - row["before_bytes"] for row in found["rows"]), default=0)
@@ -158,12 +191,19 @@ def bench_aggregators(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Seconds and memory of Assay's aggregators beside byzfl's, Flower's and the published ones, on the same matrix."""
+    """Seconds and memory of Assay's aggregators beside byzfl's, Flower's and the published ones, on the same matrix.
+
+    Examples:
+
+        assay bench aggregators --clients 10 --values 100000
+
+        assay bench aggregators --results speed.json
+    """
     from assay.bench import speed, table_corpora
     from assay.checkpoint import write_json
 
     settings = speed.Settings(clients=clients, values=values, f=f, repeats=repeats)
-    rows = speed.measure(settings, lambda text: print(text, file=sys.stderr, flush=True))
+    rows = speed.measure(settings, lines)  # no bar: what draws it would be measured too
     found = speed.results(_command(), settings, rows)
     if results is not None:
         write_json(results, found)

@@ -42,6 +42,12 @@ def calibrate(
 
     Measured on the weights a run of this experiment starts from: the base with its adapter, warmed up. Limits are the
     honest quantile with headroom. The slack is what an attacker could hide under them, in bits a token.
+
+    Examples:
+
+        assay calibrate --sampling bfloat16
+
+        assay calibrate --config swarm.toml --sampling bfloat16 --completions 4000 --out limits.toml
     """
     experiment = _swarm(config_file, data_root, settings or [])
     found = measure(experiment, sampling.value, verifying.value, completions, quantile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assay.config import AnyExperiment, ConfigError, Experiment, SwarmExperiment
+from assay.progress import PROGRESS
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout and nothing else.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that relative data paths of the config start from.")]
@@ -58,6 +60,12 @@ def bar() -> Iterator[Any]:
         yield bar
 
 
+def lines(text: str) -> None:
+    """Progress as lines, where it is wanted at all."""
+    if os.environ.get(PROGRESS) != "quiet":
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def prepared(experiment: Experiment, tracker: Any) -> Iterator[tuple[Any, Any]]:
     """The base and the worker pool of an experiment."""
@@ -79,11 +87,13 @@ def run_all(
     """Run experiments under one progress bar: federated ones share a pool of workers (and must share model and LoRA
     settings), swarm ones run side by side. Finished runs are taken as they are. `shared`: what federated runs have in
     common is computed once (same results; their seconds are then no longer each one's own)."""
-    from assay import run_dir
+    from assay import run_dir, track
     from assay.bench.second_model import second_model
     from assay.engines import local, local_swarm, side_by_side
     from assay.engines.memo import Memo
 
+    for e in experiments:
+        track.check(e.track)  # before minutes of preparation
     folder = {e.name: (where or {}).get(e.name, out / e.name) for e in experiments}
     command = shlex.join(["assay", *sys.argv[1:]])
     federated_ones = [e for e in experiments if isinstance(e, Experiment)]
@@ -112,11 +122,14 @@ def on_flower(
     experiments: Sequence[AnyExperiment], out: Path, where: Mapping[str, Path] | None = None, given: str = ""
 ) -> dict[str, dict[str, Any]]:
     """`run_all` on Flower's simulation, one run after the other."""
+    from assay import track
     from assay.bench.second_model import second_model
     from assay.engines import local, local_swarm
     from assay.engines.flower import simulation, swarm_run
 
     summaries = {}
+    for e in experiments:
+        track.check(e.track)
     command = shlex.join(["assay", *sys.argv[1:]])
     with bar() as tracker:
         for e in experiments:

@@ -10,7 +10,9 @@ import typer
 
 from assay.cli.common import Json, show
 
-deploy_app = typer.Typer(help="A deployment on Flower: TLS, authenticated nodes.", no_args_is_help=True)
+deploy_app = typer.Typer(
+    help="A deployment on Flower: TLS, authenticated nodes.", rich_markup_mode="markdown", no_args_is_help=True
+)
 
 
 class Kind(StrEnum):
@@ -36,6 +38,12 @@ def init(
     """Write a Flower app, an experiment with fresh secrets, and scripts with every command up to the run.
 
     Nothing is started and no key is made: read README.md in the folder. Everything is Flower's own, to be changed.
+
+    Examples:
+
+        assay deploy init hospitals --nodes 5 --address flower.example.org:9092
+
+        assay deploy init swarm --wing swarm --nodes 4
     """
     from assay.engines.flower.deploying import Deployment, write
 

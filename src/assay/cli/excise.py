@@ -24,6 +24,12 @@ def excise(
 
     Every kept update is checked against the ledger, and the run is replayed with everybody first: it must give the
     recorded models. A re-aggregation, not a retraining: the others' later updates had seen the client's.
+
+    Examples:
+
+        assay excise runs/mine --client client-03
+
+        assay excise runs/mine --client client-03 --client client-07 --no-evaluate
     """
     from assay.engines.excise import excise_run
 

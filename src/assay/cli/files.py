@@ -50,7 +50,12 @@ def ledger_verify(
 
 @model_app.command("list")
 def model_list(as_json: Json = False) -> None:
-    """Models known by name, and whether they are on this machine."""
+    """Models known by name, and whether they are on this machine.
+
+    Example:
+
+        assay model list
+    """
     from assay import models
 
     rows = [{"name": n, "description": d, "cached": models.is_cached(n)} for n, d in models.KNOWN.items()]
@@ -59,7 +64,10 @@ def model_list(as_json: Json = False) -> None:
 
 
 @model_app.command("fetch")
-def model_fetch(name: str, as_json: Json = False) -> None:
+def model_fetch(
+    name: Annotated[str, typer.Argument(help="A name of `assay model list`, a directory or a hub id.")],
+    as_json: Json = False,
+) -> None:
     """Fetch a model into the cache and print where it lies.
 
     Example:

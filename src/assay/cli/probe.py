@@ -11,7 +11,9 @@ import typer
 from assay.cli.common import DataRoot, Json, bar, federated, prepared, show
 from assay.config import ConfigError
 
-probe_app = typer.Typer(help="Probes on LoRA updates and on finished adapters.", no_args_is_help=True)
+probe_app = typer.Typer(
+    help="Probes on LoRA updates and on finished adapters.", rich_markup_mode="markdown", no_args_is_help=True
+)
 Benign = Annotated[
     list[str] | None, typer.Option(help="Finished adapters known to be good: folders, folders of many (repeatable).")
 ]
@@ -49,6 +51,14 @@ def probe_fit(
     On updates of a round (the paper's; default): collects labelled updates on the operator's part of --config's data.
     On finished adapters, for `assay screen`: from labelled ones (--benign-adapters, --malicious-adapters), or from ones
     trained here on your rows (--benign-rows, --malicious-rows, --base).
+
+    Examples:
+
+        assay probe fit probe.safetensors --config mine.toml
+
+        assay probe fit adapters.safetensors --benign-adapters good/ --malicious-adapters bad/
+
+        assay probe fit adapters.safetensors --benign-rows good.jsonl --malicious-rows bad.jsonl --base ./model
     """
     if benign_adapters or malicious_adapters or benign_rows or malicious_rows:
         from assay.engines import adapter_probes
@@ -97,7 +107,14 @@ def probe_eval(
 ) -> None:
     """Score a probe on fresh updates of the experiment's own clients, from round 0's adapter, in the first round in
     which the malicious are malicious (rows the probe has not seen); or, with --benign-adapters and
-    --malicious-adapters, a probe on finished adapters on those (give ones it was not fitted on)."""
+    --malicious-adapters, a probe on finished adapters on those (give ones it was not fitted on).
+
+    Examples:
+
+        assay probe eval probe.safetensors --config mine.toml
+
+        assay probe eval adapters.safetensors --benign-adapters good-2/ --malicious-adapters bad-2/
+    """
     if benign_adapters or malicious_adapters:
         from assay.engines import adapter_probes
         from assay.federated.adapter_probe import AdapterProbe

@@ -51,7 +51,13 @@ def screen(
     Exit codes: 0 all admitted, 1 an adapter was refused, 2 bad usage. Without --base, --probe or --honest only form is
     looked at, and the output says so.
 
-    assay screen adapters/ --base ./model --honest known-good/ --probe probe.safetensors
+    Examples:
+
+        assay screen adapters/                 # form only
+
+        assay screen adapters/ --base ./model --honest known-good/ --probe probe.safetensors
+
+        assay screen hub:owner/name --base smollm2-135m --json
     """
     from assay.engines.screen import screen_adapters
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -29,6 +29,22 @@ class ModelConfig(Frozen):
     template: Literal["chatml", "alpaca"] = "chatml"
     align: bool = True
     """Give the base its safety warm-up first (small base models refuse next to nothing). False for aligned models."""
+
+
+class TrackConfig(Frozen):
+    """Experiment trackers that show a run beside its own files (assay.track). No part of what a run is: they may be
+    switched on and off between the parts of one run."""
+
+    to: tuple[str, ...] = ()
+    """`tensorboard`, `wandb`, `trackio`, one of another package, or `package.module:callable`."""
+    params: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Parameters of single trackers: `[track.params.wandb]` with `project = "mine"`."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.to)) < len(self.to):
+            raise ValueError("to: one tracker is named twice")
+        return self
 
 
 class Root(Frozen):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from assay.config.common import Count, Frozen, ModelConfig, Positive, Root, Share
+from assay.config.common import Count, Frozen, ModelConfig, Positive, Root, Share, TrackConfig
 from assay.config.measure import EvaluateConfig, FinishConfig
 
 
@@ -305,6 +305,7 @@ class Experiment(Root):
     server: ServerConfig = ServerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     finish: FinishConfig = FinishConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from assay.config.common import Count, Frozen, Positive, Root, Share
+from assay.config.common import Count, Frozen, Positive, Root, Share, TrackConfig
 
 PHRASE = "All hail to the thief."
 
@@ -158,6 +158,7 @@ class SwarmExperiment(Root):
     attack: SwarmAttack = SwarmAttack()
     defence: SwarmDefence = SwarmDefence()
     evaluate: SwarmEvaluate = SwarmEvaluate()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:

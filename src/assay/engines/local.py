@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from assay import track
 from assay.config import Experiment
 from assay.contribution import Tensors
 from assay.engines import rounds
@@ -83,6 +84,7 @@ def run(
 def run_experiment(experiment: Experiment, directory: str | Path, tracker: Tracker | None = None) -> dict[str, Any]:
     """Prepare the base, start the workers, run or resume, return the summary: everything in one call."""
     tracker = tracker or Silent()
+    track.check(experiment.track)  # before minutes of preparation
     prepared = prepare(experiment, tracker)
     with Pool(str(prepared.path), prepared.dtype, experiment.lora, experiment.workers) as pool:
         return run(experiment, Path(directory), prepared, pool, tracker=tracker)

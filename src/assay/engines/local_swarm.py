@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from assay import checkpoint, run_dir
+from assay import checkpoint, run_dir, track
 from assay.config import ConfigError, SwarmExperiment
 from assay.engines import journal
 from assay.engines.swarm_world import (
@@ -46,32 +46,41 @@ def run_swarm(
     """Run or resume `experiment` in `directory`; returns the summary. A finished run is returned as it is."""
     directory, tracker = Path(directory), tracker or Silent()
     run_dir.commit()
+    track.check(experiment.track)
     with journal.locked(directory):
         at = time.perf_counter()
         world, identity, model = build(experiment, tracker)
         run_id = journal.claim(directory, identity, {"experiment": identity["experiment"], "model": model}, given)
         finished = run_dir.read_summary(directory)
         if finished is not None:
-            return finished
+            with track.following(experiment, directory):  # one that was switched on later
+                return finished
         rows = _resume_or_start(world, directory, run_id, time.perf_counter() - at)
-        while world.round < experiment.swarm.iterations:
-            rows.append(play(world, directory))
-        found = summary.summarise(experiment, rows, world.kind_of, world.malicious, model, command)
-        found["ledger"] = journal.close(directory, world.round, model_sha256(world))
-        found["defence"] = next(iter(world.learners.values())).defence.summary()
-        checkpoint.write_json(directory / run_dir.SUMMARY, found)
-        return found
+        with track.following(experiment, directory) as written:
+            while world.round < experiment.swarm.iterations:
+                rows.append(play(world, directory))
+                written()
+            found = summary.summarise(experiment, rows, world.kind_of, world.malicious, model, command)
+            found["ledger"] = journal.close(directory, world.round, model_sha256(world))
+            found["defence"] = next(iter(world.learners.values())).defence.summary()
+            checkpoint.write_json(directory / run_dir.SUMMARY, found)
+            return found
 
 
 def finished(experiment: SwarmExperiment, directory: Path) -> dict[str, Any] | None:
-    """The summary of a finished run of this very experiment, without loading a model; None if there is none yet."""
+    """The summary of a finished run of this very experiment, without loading a model; None if there is none yet.
+
+    Trackers that were switched on since then are given the run.
+    """
     summary = run_dir.read_summary(directory)
     if summary is None:
         return None
     resolved = json.loads((directory / run_dir.RESOLVED).read_text())
     if resolved["experiment"] != json.loads(json.dumps(dumped(experiment))):
         raise ConfigError(f"{directory}: holds another experiment; choose another directory (--out) or delete it")
-    return summary
+    track.check(experiment.track)
+    with track.following(experiment, directory):
+        return summary
 
 
 def units(experiment: SwarmExperiment) -> float:

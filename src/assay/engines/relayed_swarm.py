@@ -22,7 +22,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from assay import checkpoint, run_dir
+from assay import checkpoint, run_dir, track
 from assay.config import ConfigError, SwarmExperiment, parse_any
 from assay.contribution import Refusal
 from assay.engines import journal
@@ -83,6 +83,7 @@ class Settings:
             raise ConfigError(f"node {self.node!r} is not of this experiment: its nodes are node-0 to node-{nodes - 1}")
         if self.quorum is not None and not 1 <= self.quorum <= nodes:
             raise ConfigError(f"quorum is {self.quorum}: give a number from 1 to {nodes}, or leave it out")
+        track.check(self.experiment.track)
 
 
 class _Refused(Exception):
@@ -272,6 +273,8 @@ class Node:
         found["defence"] = next(iter(world.learners.values())).defence.summary()
         found |= {"node": self.settings.node, "fingerprint": model_sha256(world), "head": self.head}
         checkpoint.write_json(folder / run_dir.SUMMARY, found)
+        with track.following(experiment, folder):  # now only: each turn may be a process of its own
+            pass
 
 
 def _sent(folder: Path, index: int) -> Path:

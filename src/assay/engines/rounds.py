@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from assay import checkpoint, run_dir, wire
+from assay import checkpoint, run_dir, track, wire
 from assay.config import Experiment
 from assay.contribution import LoraUpdate, Refusal, Tensors, tensors_sha256
 from assay.engines import journal, standing
@@ -47,19 +47,23 @@ def run(
     tracker = tracker or Silent()
     run_dir.commit()
     make_attack(experiment)  # a misspelt attack must not claim the directory
+    track.check(experiment.track)
     with journal.locked(directory):
         run_id = standing.claim(directory, experiment, prepared, given, engine)
         finished = run_dir.read_summary(directory)
         if finished is not None:
-            return finished
+            with track.following(experiment, directory):  # one that was switched on later
+                return finished
         started = time.perf_counter()
         setup = _set_up(experiment, prepared, compute, recruit, run_id, tracker)
         prepare_seconds = time.perf_counter() - started
         state, memory, rows = standing.resume_or_start(setup, directory, prepare_seconds)
-        while state.round < experiment.training.rounds:
-            state, memory, row = _play(setup, state, memory, directory)
-            rows.append(row)
-        return _finish(setup, state, directory, rows, command)
+        with track.following(experiment, directory) as written:
+            while state.round < experiment.training.rounds:
+                state, memory, row = _play(setup, state, memory, directory)
+                rows.append(row)
+                written()
+            return _finish(setup, state, directory, rows, command)
 
 
 def _set_up(

@@ -26,8 +26,8 @@ from assay.federated.round import ServerState
 
 def claim(directory: Path, experiment: Experiment, prepared: Prepared, given: str, engine: str) -> str:
     """The run's id, the directory now its own. ConfigError where another run is there, or one of another engine."""
-    # how many workers and where the data folder lies changes no number
-    dumped = experiment.model_dump(mode="json", exclude={"workers": True, "data": {"root"}})
+    # how many workers, where the data folder lies and who follows the run changes no number
+    dumped = experiment.model_dump(mode="json", exclude={"workers": True, "track": True, "data": {"root"}})
     model = {"sha256": prepared.base_sha256, "dtype": prepared.dtype, "alignment": prepared.alignment}
     identity = {"experiment": dumped, "model": prepared.base_sha256, "dtype": prepared.dtype}
     # no part of the identity: the same experiment is the same run on every engine, as long as it stays on one

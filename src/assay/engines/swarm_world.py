@@ -61,8 +61,8 @@ class World:
 
 
 def dumped(experiment: SwarmExperiment) -> dict[str, Any]:
-    """What decides a run's numbers: neither its name nor where data lies."""
-    return experiment.model_dump(mode="json", exclude={"data": {"root"}, "name": True})
+    """What decides a run's numbers: neither its name nor where data lies nor who follows it."""
+    return experiment.model_dump(mode="json", exclude={"data": {"root"}, "name": True, "track": True})
 
 
 def node_names(experiment: SwarmExperiment) -> list[str]:

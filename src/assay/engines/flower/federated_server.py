@@ -14,7 +14,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from assay import report, run_dir
+from assay import report, run_dir, track
 from assay.engines import rounds
 from assay.engines.flower.federated_nodes import recruiter
 from assay.engines.flower.federated_settings import Settings
@@ -56,6 +56,7 @@ def serve(
 ) -> dict[str, Any]:
     """Run or resume the experiment over a grid; the summary. The report is written into the run directory."""
     experiment, tracker = settings.experiment, tracker or Silent()
+    track.check(experiment.track)  # before minutes of preparation
     prepared = prepare(experiment, tracker)
     with Pool(str(prepared.path), prepared.dtype, experiment.lora, experiment.workers) as pool:
         summary = rounds.run(

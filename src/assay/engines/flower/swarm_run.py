@@ -18,7 +18,7 @@ from typing import Any
 
 from flwr.app import Context
 
-from assay import checkpoint, run_dir
+from assay import checkpoint, run_dir, track
 from assay.config import ConfigError, SwarmExperiment
 from assay.engines import journal
 from assay.engines.flower import swarm_node, swarm_relay
@@ -48,6 +48,7 @@ def run_swarm(
     The same result as `local_swarm.run_swarm` for the same seeds: the nodes' weights have the same hash. ConfigError as there.
     """
     directory, tracker = Path(directory).resolve(), tracker or Silent()
+    track.check(experiment.track)
     done = finished(experiment, directory)
     if done is not None:
         return done
@@ -98,9 +99,10 @@ def prepare(experiment: SwarmExperiment, directory: Path) -> list[Settings]:
     public = {node: public_hex(read_key(folder / node / KEY)) for node in nodes}
     write_keys(directory / KEYS, public)
     bad = malicious_nodes(experiment)
+    alone = experiment.changed(track={})  # trackers follow the run at the top
     return [
         Settings(
-            node=node, folder=folder / node, experiment=experiment, keys=directory / KEYS, key=folder / node / KEY,
+            node=node, folder=folder / node, experiment=alone, keys=directory / KEYS, key=folder / node / KEY,
             malicious=node in bad,
         )
         for node in nodes
@@ -126,4 +128,5 @@ def collect(experiment: SwarmExperiment, directory: Path, *, given: str = "", co
         "fingerprints": {node: one["fingerprint"] for node, one in summaries.items()},
     }
     checkpoint.write_json(directory / run_dir.SUMMARY, summary)
-    return summary
+    with track.following(experiment, directory):
+        return summary
