@@ -136,7 +136,7 @@ def test_numbers_alone_are_told_no_participant_no_text_no_path() -> None:
     }  # fmt: skip
     assert of_summary(SUMMARY) == (
         {"refusal_rate": 0.5, "seconds/train": 9.0},
-        {"wing": "federated", "seed": 7, "assay": "0.1.0", "attack": "harmful", "rounds": 3},
+        {"wing": "federated", "assay": "0.1.0", "attack": "harmful", "rounds": 3},
     )
     assert of_row({"round": 1, "loss": float("nan"), "flag": True}) == {}
 

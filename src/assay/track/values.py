@@ -49,7 +49,7 @@ def of_row(row: Mapping[str, Any]) -> dict[str, float]:
 def of_summary(summary: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str | float]]:
     """A finished run's numbers, and its setting as it can be filtered by."""
     seconds = {f"seconds/{name}": value for name, value in _numbers(summary.get("seconds", {})).items()}
-    setting = {"wing": summary["wing"], "seed": summary["seed"], "assay": summary["assay"], **summary["setting"]}
+    setting = {"wing": summary["wing"], "assay": summary["assay"], **summary["setting"]}
     plain = {k: v for k, v in setting.items() if isinstance(v, str | int | float) and k != "data"}
     return {**_numbers(summary["metrics"]), **seconds}, plain
 
