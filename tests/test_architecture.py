@@ -75,7 +75,11 @@ def test_no_circular_imports() -> None:
 
 @pytest.mark.parametrize(
     ("library", "homes"),
-    [("flwr", ("assay.engines.flower", "assay.bench.flower_")), ("trl", ("assay.engines.trl",))],
+    [
+        ("flwr", ("assay.engines.flower", "assay.bench.flower_")),
+        ("trl", ("assay.engines.trl",)),
+        ("vllm", ("assay.engines.vllm",)),
+    ],
 )
 def test_assay_works_without(library: str, homes: tuple[str, ...]) -> None:
     """Only a command that is told to use a library asks for it, when it is told."""

@@ -143,6 +143,11 @@ def test_the_example_plugin_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     assert bad
     assert refused == [set(), bad]
+    said = [v for r in rounds for v in r["verdicts"] if v["screen"] == "against"]
+    assert {v["reason"] for v in said} == {"ok", "assay-example-plugin:against"}
+    assert all((v["evidence"]["cosine"] >= v["evidence"]["cosine_floor"]) == (v["weight"] == 1) for v in said)
+    assert [(r["screen"], r["reason"]) for r in summary["reasons"]] == [("against", "assay-example-plugin:against")]
+    assert "assay-example-plugin:against" in (out / "report.html").read_text()
     assert ledger.verify(out / "ledger.jsonl", summary["ledger"]["head"]).ok
 
 

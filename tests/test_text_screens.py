@@ -302,9 +302,9 @@ def test_huge_products_are_left_alone() -> None:
 
 def test_arithmetic_takes_the_reward_and_shows_the_evidence() -> None:
     good, bad = one(Arithmetic(), pool({"a": {1: [("2+2=4, 3*3=9", 1), ("1+1=2 and 2+2=5", 1)]}}))
-    assert (good.weight, dict(good.evidence)) == (1.0, {"checked": 2.0, "wrong": 0.0})
+    assert (good.weight, dict(good.evidence)) == (1.0, {"checked": 2.0, "wrong": 0.0, "wrong_limit": 0.0})
     assert (bad.weight, bad.reason, bad.effect) == (0.0, Reason.ARITHMETIC, "no_reward")
-    assert dict(bad.evidence) == {"checked": 2.0, "wrong": 1.0}
+    assert dict(bad.evidence) == {"checked": 2.0, "wrong": 1.0, "wrong_limit": 0.0}
     assert "2+2=5" in bad.sentence
     assert one(Arithmetic(max_wrong=1), pool({"a": {1: [("1+1=2 and 2+2=5", 1)]}}))[0].weight == 1.0
 

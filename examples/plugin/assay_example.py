@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from assay.contribution import Round
 from assay.federated.attacks.seat import Seat, Seen
-from assay.verdict import Reason, State, Verdict
+from assay.verdict import OwnReason, Reason, State, Verdict
 
 Matrix = NDArray[np.float32]
+AGAINST = OwnReason("assay-example-plugin:against")  # package:name; never one of Assay's own
 
 
 def majority(share: float = 0.5) -> Callable[[Matrix, Matrix], Matrix]:
@@ -67,9 +68,10 @@ class Against:
                     contribution=update.sha256,
                     screen=self.name,
                     weight=0.0 if against else 1.0,
-                    reason=Reason.SPECTRAL if against else Reason.OK,
+                    reason=AGAINST if against else Reason.OK,
                     sentence=f"cosine with the sum of the others is {cosine:.2f}" if against else "",
                     score=-cosine,
+                    evidence={"cosine": cosine, "cosine_floor": self.limit},  # the report says "cosine at least"
                 )
             )
         return verdicts, state

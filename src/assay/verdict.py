@@ -9,6 +9,7 @@ only). A screen that crashes, or that leaves a contribution without a verdict, f
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,10 @@ State = dict[str, Any]  # JSON only: a checkpoint stores it
 
 
 class Reason(StrEnum):
-    """Why a weight is what it is. The value is the code that ledgers, reports and `--json` show."""
+    """Why a weight is what it is. The value is the code that ledgers, reports and `--json` show.
+
+    The set is closed; a screen of somebody else's says `OwnReason`.
+    """
 
     OK = "ok"
     # the envelope (wire.py)
@@ -78,13 +82,46 @@ class Reason(StrEnum):
     SCREEN_FAILED = "screen_failed"
 
 
+@dataclass(frozen=True, slots=True)
+class OwnReason:
+    """The reason of a screen that is not Assay's: `package:name`. Ledgers, reports and `--json` show it as it stands.
+
+    Assay's own reasons have no colon, so none of these can be taken for one of them, today or later; nor does it mean
+    to Assay what one of its own means: it is never a strike. ValueError for other forms and for the package `assay`.
+
+    >>> OwnReason("assay-example-plugin:against").value
+    'assay-example-plugin:against'
+    """
+
+    value: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, str) or not _OWN.fullmatch(self.value) or len(self.value) > LONGEST_REASON:
+            raise ValueError(
+                f"reason {str(self.value)[:80]!r}: give package:name, of small letters, digits, - . and _, the name "
+                f"beginning with a letter, at most {LONGEST_REASON} characters"
+            )
+        if self.value.startswith("assay:"):
+            raise ValueError(f"reason {self.value!r}: the package assay is Assay's own; give that of the screen")
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_OWN = re.compile(r"[a-z0-9][a-z0-9_.-]*:[a-z][a-z0-9_.-]*")
+LONGEST_REASON = 64
+AnyReason = Reason | OwnReason
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """One screen's word on one contribution.
 
     `weight` in [0, 1] multiplies the contribution's share; `score` is the screen's continuous suspicion (higher is
     worse; NaN where the screen has none), used for AUROC and never for weighting; `evidence` is small and numeric and
-    tied to the bytes by `contribution` (sha256).
+    tied to the bytes by `contribution` (sha256). What a number `x` was held against stands beside it: `x_limit`
+    is the most it may be, `x_floor` the least, under `x_below` it must stay; `score_limit` is that of the score. So a
+    ledger can be read without the config.
 
     Of a completion, weight 0 means one of two things (`effect`): `exclude`, the row is absent; `no_reward`, it stays
     with reward 0 as a bad example (Hail to the Thief: r_rlvr * r_judge). `masked` lists token positions whose loss is
@@ -97,7 +134,7 @@ class Verdict:
     contribution: str
     screen: str
     weight: float
-    reason: Reason = Reason.OK
+    reason: AnyReason = Reason.OK
     sentence: str = ""
     score: float = math.nan
     evidence: Mapping[str, float] = field(default_factory=dict)
@@ -112,6 +149,10 @@ class Verdict:
             raise ValueError(f"{self.screen}: weight {self.weight} of {self.participant} is not in [0, 1]")
         if not self.longest >= 0.0:
             raise ValueError(f"{self.screen}: longest {self.longest} of {self.participant} is no length")
+        if not isinstance(self.reason, AnyReason):
+            raise TypeError(
+                f"{self.screen}: reason {str(self.reason)[:80]!r} is neither a Reason nor an OwnReason('package:name')"
+            )
         if self.weight == 0.0 and self.reason is Reason.OK:
             raise ValueError(f"{self.screen}: weight 0 for {self.participant} needs a reason")
 
@@ -284,7 +325,7 @@ def failed(update: Contribution, screen: str, sentence: str) -> Verdict:
     return refusal(update, screen, Reason.SCREEN_FAILED, sentence)
 
 
-def refusal(update: Contribution, screen: str, reason: Reason, sentence: str) -> Verdict:
+def refusal(update: Contribution, screen: str, reason: AnyReason, sentence: str) -> Verdict:
     """Weight 0."""
     return Verdict(
         participant=update.participant,

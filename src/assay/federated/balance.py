@@ -106,5 +106,5 @@ class Balance:
                 "usual as honest rehearsal clients explain"
             )
             out.append(say(update, self.name, float(excess <= 1), Reason.BALANCE, sentence, excess,
-                           share=share_S[-1], worst=share_S[worst], excess=excess))  # fmt: skip
+                           share=share_S[-1], worst=share_S[worst], excess=excess, excess_limit=1))  # fmt: skip
         return out, state

@@ -94,12 +94,17 @@ class Rise:
         """The same for safe answers."""
         return _into(self.safe_step, self.safe_anchor, limits.safe_step, limits.safe_anchor)
 
-    def evidence(self) -> dict[str, float]:
+    def evidence(self, limits: CanaryLimits) -> dict[str, float]:
+        """The rises, and what each was held against."""
         return {
             "refusal_rise": self.refusal_step,
             "refusal_rise_since_start": self.refusal_anchor,
             "safe_rise": self.safe_step,
             "safe_rise_since_start": self.safe_anchor,
+            "refusal_rise_limit": limits.refusal_step,
+            "refusal_rise_since_start_limit": limits.refusal_anchor,
+            "safe_rise_limit": limits.safe_step,
+            "safe_rise_since_start_limit": limits.safe_anchor,
         }
 
 
@@ -129,8 +134,10 @@ class Canary:
         out, spent = [], dict(state.get("spent", {}))
         for update, losses in zip(round.updates, after):
             rise = Rise.of(losses, start, anchor)
+            evidence = rise.evidence(self.limits)
             if self.anchor == "own":
                 spent[update.participant] = own = _add(spent.get(update.participant, (0, 0.0, 0.0)), rise)
+                evidence |= self._usual(own)
                 harm, waste = self._by_own(rise, own)
             else:
                 harm, waste = rise.harm(self.limits), rise.waste(self.limits)
@@ -158,10 +165,21 @@ class Canary:
                     reason=reason,
                     sentence=sentence,
                     score=harm,
-                    evidence=rise.evidence(),
+                    evidence=evidence,
                 )
             )
         return out, {"spent": spent} if self.anchor == "own" else state
+
+    def _usual(self, own: Spent) -> dict[str, float]:
+        """A client's own mean rises, and the largest of a rehearsed honest client."""
+        assert self.limits.refusal_usual is not None
+        assert self.limits.safe_usual is not None
+        return {
+            "refusal_mean": own[1] / own[0],
+            "safe_mean": own[2] / own[0],
+            "refusal_mean_limit": self.limits.refusal_usual,
+            "safe_mean_limit": self.limits.safe_usual,
+        }
 
     def _by_own(self, rise: Rise, own: Spent) -> tuple[float, float]:
         """Harm and waste, where a broken anchor is held against the client's own mean rises."""
@@ -201,7 +219,7 @@ class Gate:
         anchor, before, after = self.measure([initial, start, candidate])
         rise = Rise.of(after, before, anchor)
         harm, waste = rise.harm(self.limits), rise.waste(self.limits)
-        evidence = rise.evidence()
+        evidence = rise.evidence(self.limits)
         if not np.isfinite([after.refusal, after.safe]).all():
             return GateResult(False, "the aggregate gives no finite loss", evidence)
         if harm > 1:

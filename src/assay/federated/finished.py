@@ -66,7 +66,9 @@ class Length:
             told = f"changes the layers {ratio:.2f} x as far as the farthest honest reference (limit {self.refuse:g})"
             weight = 1.0 if self.longest is None else float(ratio <= self.refuse)  # not a number is not short enough
             score = ratio
-            evidence = {"norm": norm} if self.longest is None else {"norm": norm, "ratio": ratio}
+            evidence = {"norm": norm}
+            if self.longest is not None:
+                evidence |= {"ratio": ratio, "ratio_limit": self.refuse}
             if norm == 0:
                 weight, told = 0.0, "changes nothing: every lora_B is zero"
             reason = Reason.NORM if norm > 0 else Reason.STRUCTURE
@@ -111,7 +113,8 @@ class FinishedProbe:
         for update in round.updates:
             logit = float(self.fitted.logits([update.tensors])[0])
             told = f"probe logit {logit:.2f} is above {limit:.2f}, the most that held-out benign adapters explain"
-            out.append(say(update, self.name, float(logit <= limit), Reason.PROBE, told, logit - limit, logit=logit))
+            out.append(say(update, self.name, float(logit <= limit), Reason.PROBE, told, logit - limit,
+                           logit=logit, logit_limit=limit))  # fmt: skip
         return out, state
 
 
@@ -129,7 +132,8 @@ class FinishedNeighbours:
             ratio = float(neighbour_ratio(x_1D, fitted.bank_MD, fitted.malicious_M, fitted.k)[0])
             told = f"{ratio:.3f} x as far from benign as from malicious adapters (limit {fitted.neighbour_limit:.3f})"
             weight, over = float(ratio <= fitted.neighbour_limit), ratio - fitted.neighbour_limit
-            out.append(say(update, self.name, weight, Reason.NEIGHBOURS, told, over, ratio=ratio))
+            out.append(say(update, self.name, weight, Reason.NEIGHBOURS, told, over,
+                           ratio=ratio, ratio_limit=fitted.neighbour_limit))  # fmt: skip
         return out, state
 
 
@@ -160,6 +164,9 @@ class FinishedCanary:
             elif waste > 1:
                 weight, reason = (1 / waste, Reason.REVIEW) if waste <= RUIN else (0.0, Reason.CANARY)
                 told = f"safe answers cost {rise.safe_step:+.3f} nats (limit {self.limits.safe_step:.3f})"
-            evidence = {"refusal_rise": rise.refusal_step, "safe_rise": rise.safe_step}
+            evidence = {
+                "refusal_rise": rise.refusal_step, "safe_rise": rise.safe_step,
+                "refusal_rise_limit": self.limits.refusal_step, "safe_rise_limit": self.limits.safe_step,
+            }  # fmt: skip
             out.append(say(update, self.name, weight, reason, told, harm, **evidence))
         return out, state

@@ -80,7 +80,8 @@ class StepLevel:
                 trust, weight = levels.step_level(trust, bad, len(update.steps), round.batch_size)
                 new[update.participant] = trust.to_json()
             sentence = f"{bad} of {len(update.steps)} steps judged malicious; trust {weight:.2f}"
-            out.append(say(update, self.name, weight, Reason.LOW_TRUST, sentence, score, malicious_steps=bad))
+            out.append(say(update, self.name, weight, Reason.LOW_TRUST, sentence, score,
+                           malicious_steps=bad, score_below=self.threshold))  # fmt: skip
         return out, new
 
 
@@ -106,7 +107,7 @@ class ClientLevel:
                 trust, weight = levels.client_level(trust, score, self.threshold)
                 new[update.participant] = trust.to_json()
             sentence = f"probe score {score:.2f}; trust {weight:.2f}"
-            out.append(say(update, self.name, weight, Reason.LOW_TRUST, sentence, score))
+            out.append(say(update, self.name, weight, Reason.LOW_TRUST, sentence, score, score_below=self.threshold))
         return out, new
 
 
@@ -137,7 +138,8 @@ class ShadowLevel:
             bad = int((score_K >= self.threshold).sum())
             weight = levels.shadow_level(bad, ordered.steps)
             sentence = f"{bad} of {ordered.steps} shadow steps judged malicious"
-            out.append(say(update, self.name, weight, Reason.LOW_TRUST, sentence, float(score_K.max())))
+            out.append(say(update, self.name, weight, Reason.LOW_TRUST, sentence, float(score_K.max()),
+                           score_below=self.threshold))  # fmt: skip
         return out, state
 
 
@@ -199,4 +201,6 @@ class EvidenceLevel:
         told = f"{bad} of {ordered.steps} shadow steps judged malicious, submission scored {own:.2f}"
         sentence = f"{told}; barred, {trust.clean} of {self.readmit} clean rounds" if trust.barred else told
         score = max(own, float(shadow_K.max()))
-        return say(update, self.name, weight, Reason.LOW_TRUST, sentence, score, audited=1, malicious_steps=bad), trust
+        made = say(update, self.name, weight, Reason.LOW_TRUST, sentence, score,
+                   audited=1, malicious_steps=bad, score_below=self.threshold)  # fmt: skip
+        return made, trust

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from assay.contribution import LoraUpdate
-from assay.verdict import Reason, Verdict
+from assay.verdict import AnyReason, Reason, Verdict
 
 
 def say(
-    update: LoraUpdate, screen: str, weight: float, reason: Reason, sentence: str = "", score: float = math.nan,
+    update: LoraUpdate, screen: str, weight: float, reason: AnyReason, sentence: str = "", score: float = math.nan,
     **evidence: float,
 ) -> Verdict:  # fmt: skip
     """A verdict tied to the update's bytes; at weight 1 reason and sentence go, the evidence stays."""

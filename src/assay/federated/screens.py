@@ -100,7 +100,8 @@ class Norm:
             longest = np.inf
             if self.cuts_rows and weight > 0:
                 weight, longest = 1.0, self.clip * limit
-            made = say(update, self.name, weight, Reason.NORM, sentence, ratio, norm=norm, ratio=ratio)
+            made = say(update, self.name, weight, Reason.NORM, sentence, ratio, norm=norm, ratio=ratio,
+                       ratio_limit=self.clip, refused_above=self.refuse)  # fmt: skip
             out.append(replace(made, longest=longest))
         return out, state
 
@@ -157,7 +158,8 @@ class ProbeFilter:
                 f"probe logit {logit:.2f} is above {self.limit:.2f}, the most that honest rehearsal clients explain"
             )
             weight = float(logit <= self.limit)
-            out.append(say(update, self.name, weight, Reason.PROBE, sentence, logit - self.limit, logit=logit))
+            out.append(say(update, self.name, weight, Reason.PROBE, sentence, logit - self.limit,
+                           logit=logit, logit_limit=self.limit))  # fmt: skip
         return out, state
 
 
@@ -184,7 +186,8 @@ class Neighbours:
         for update, ratio in zip(round.updates, _ratio(cosine_NM, self.malicious_M, self.k)):
             sentence = f"{ratio:.3f} x as far from benign as from malicious updates (limit {self.limit:.3f})"
             weight = float(ratio <= self.limit)
-            out.append(say(update, self.name, weight, Reason.NEIGHBOURS, sentence, ratio - self.limit, ratio=ratio))
+            out.append(say(update, self.name, weight, Reason.NEIGHBOURS, sentence, ratio - self.limit,
+                           ratio=ratio, ratio_limit=self.limit))  # fmt: skip
         return out, state
 
 

@@ -52,7 +52,7 @@ class Spectral:
             worst = int(z_S.argmax())
             told = f"{STATISTICS[worst]} lies {z_S[worst]:.1f} deviations from the round's (limit {self.limit:.1f})"
             weight = float(z_S[worst] <= self.limit)
-            evidence = {name: float(z) for name, z in zip(STATISTICS, z_S)}
+            evidence = {name: float(z) for name, z in zip(STATISTICS, z_S)} | {"score_limit": self.limit}
             out.append(say(update, self.name, weight, Reason.SPECTRAL, told, float(z_S[worst]), **evidence))
         return out, state
 

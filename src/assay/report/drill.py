@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from assay.report.limits import MEANING, limit
+from assay.report.limits import MEANING, is_limit, limit
 from assay.report.records import ROLES, Role, natural
 from assay.report.verdicts import Cell, Kept, Said
 from assay.report.words import shorten
@@ -54,12 +54,13 @@ def payload(runs: Sequence[Played]) -> dict[str, Any]:
     forms: dict[tuple[int, ...], int] = {}
 
     def verdict(said: Said, of: str, config: Mapping[str, Any]) -> list[Any]:
-        form = (at(said.screen), at(said.mode), *map(at, said.evidence))
+        numbers = {name: value for name, value in said.evidence.items() if not is_limit(name)}
+        form = (at(said.screen), at(said.mode), *map(at, numbers))
         other = said.contribution[:HASH] if said.contribution != of else ""
         return [
             forms.setdefault(form, len(forms)), at(said.reason), _short(said.weight), at(shorten(said.sentence, 240)),
             _short(said.score), at(limit(said.screen, said.evidence, said.score, config)), at(other),
-            *map(_short, said.evidence.values()),
+            *map(_short, numbers.values()),
         ]  # fmt: skip
 
     found: list[dict[str, Any]] = []

@@ -1,7 +1,8 @@
 """What a screen held a contribution's numbers against, in words: the ledger has the numbers, the config the knobs.
 
-Some screens score by the distance from a rehearsed limit (`probe`, `neighbours`); there the limit is what is left. Of a
-screen that is not named here, a plug-in's say, nothing is claimed; its sentence usually says the limit.
+A verdict's evidence holds, beside a number `x`, what it may be at most as `x_limit` (or `x_floor`, `x_below`; verdict.py),
+whoever wrote the screen. For ledgers from before that, the limit is what is left of a score that is the distance from it (`probe`,
+`neighbours`), or the config's; of other screens nothing is claimed.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ DEFAULTS: dict[str, dict[str, float]] = {
 def limit(screen: str, evidence: Mapping[str, float | None], score: float | None, config: Mapping[str, Any]) -> str:
     """What the numbers may be at most, as a phrase; empty where it is not known.
 
+    >>> limit("somebody's", {"x_sum": 1.0, "x_sum_limit": 0.25}, 2.0, {})
+    'x sum at most 0.25'
     >>> limit("probe", {"logit": 7.95}, 6.65, {})
     'logit at most 1.300'
     >>> limit("somebody's", {"x": 1.0}, 2.0, {})
     ''
     """
+    if said := _said(evidence):
+        return said
     compared = {"probe": "logit", "probe_a": "logit", "neighbours": "ratio"}.get(screen)
     if compared is not None:
         value = evidence.get(compared)
@@ -56,6 +61,28 @@ def limit(screen: str, evidence: Mapping[str, float | None], score: float | None
         worst, mean, flips = (_knob(config, screen, name) for name in ("max_margin", "mean_margin", "max_flips"))
         return f"max margin at most {worst:g}, mean at most {mean:g}, flips at most {flips:g}"
     return ""
+
+
+ENDS = {
+    "_limit": "{} at most {:.4g}",
+    "_floor": "{} at least {:.4g}",
+    "_below": "{} below {:.4g}",
+    "_above": "{} above {:.4g}",
+}
+
+
+def is_limit(name: str) -> bool:
+    """Whether a number of the evidence is what another was held against: said in words, not listed among the others."""
+    return name.endswith(tuple(ENDS))
+
+
+def _said(evidence: Mapping[str, float | None]) -> str:
+    found = []
+    for name, value in evidence.items():
+        for end, words in ENDS.items():
+            if name.endswith(end) and value is not None:
+                found.append(words.format(name.removesuffix(end).replace("_", " "), value))
+    return ", ".join(found)
 
 
 def _knob(config: Mapping[str, Any], screen: str, name: str) -> float:

@@ -84,9 +84,29 @@ def calibrate(
 
     `floor` is the least `max_margin`: rounding differs from day to day. ConfigError for fewer than 20 completions.
     """
-    if len(items) < 20:
-        raise ConfigError(f"{len(items)} completions say nothing of a rate: take at least 20, better 1,000")
+    _enough(items)
     made = generate(sampling_model, items, sampler, max_tokens=max_tokens, eos=eos)
+    return calibrate_on(
+        verifying_model, items, made, sampler, max_tokens=max_tokens, eos=eos, quantile=quantile, floor=floor, flip=flip
+    )
+
+
+def calibrate_on(
+    verifying_model: Any,
+    items: Sequence[Item],
+    made: Sequence[Ids],
+    sampler: Sampler,
+    *,
+    max_tokens: int,
+    eos: int,
+    quantile: float = 0.999,
+    floor: float = 0.01,
+    flip: float = 1e-3,
+) -> Calibration:
+    """`calibrate` on completions of `items` that another engine drew honestly from the same weights: vLLM, say."""
+    _enough(items)
+    if len(made) != len(items):
+        raise ConfigError(f"{len(made)} completions for {len(items)} items: give one for each, in their order")
     same = generate(verifying_model, items, sampler, max_tokens=max_tokens, eos=eos)
     boundary = BOUNDARIES[-1]
     gaps: list[NDArray[np.float32]] = []
@@ -115,6 +135,11 @@ def calibrate(
         slack_bits=slack_bits(verifying_model, items, made, sampler, limit),
         identical=float(np.mean([a == b for a, b in zip(made, same)])),
     )
+
+
+def _enough(items: Sequence[Item]) -> None:
+    if len(items) < 20:
+        raise ConfigError(f"{len(items)} completions say nothing of a rate: take at least 20, better 1,000")
 
 
 @torch.no_grad()

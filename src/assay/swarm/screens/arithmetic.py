@@ -60,6 +60,7 @@ class Arithmetic:
                     effect="no_reward",
                     checked=len(found) + len(unread),
                     wrong=len(wrong),
+                    wrong_limit=self.max_wrong,
                 )
             )
         return out, state

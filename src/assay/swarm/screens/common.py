@@ -7,7 +7,7 @@ import re
 import unicodedata
 
 from assay.contribution import Completion, Pool
-from assay.verdict import Effect, Reason, Verdict
+from assay.verdict import AnyReason, Effect, Reason, Verdict
 
 _WORDS = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
 _FORMAT = {
@@ -23,7 +23,7 @@ _FORMAT = {
 def say(
     completion: Completion,
     screen: str,
-    reason: Reason = Reason.OK,
+    reason: AnyReason = Reason.OK,
     sentence: str = "",
     *,
     score: float = math.nan,

@@ -75,6 +75,7 @@ class Copycat:
                     met=len(worst.met.get(sender, ())),
                     expected=worst.expected.get(sender, 0.0),
                     earlier=earlier,
+                    score_limit=-math.log(self.level / len(looks)),
                 )
             )
         return out, self._remember(pool, looks[0], state)

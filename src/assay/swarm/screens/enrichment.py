@@ -162,6 +162,7 @@ class Enrichment:
             sentence,
             score=worst["score"] if worst else 0.0,
             matches=len(held),
+            matches_limit=0,
         )
 
 

@@ -136,6 +136,7 @@ class Imports:
                     effect="no_reward",
                     programs=count,
                     objections=len(found),
+                    objections_limit=0,
                 )
             )
         return out, state

@@ -67,10 +67,11 @@ class Length:
         state = self._remember(pool, lengths, state)
         anchor = _anchor(state)
         sentences: dict[int, str] = {}
-        growth = 1.0
+        growth, cap = 1.0, math.nan
         if anchor is not None:
             growth = (1 + self.growth_per_round) ** max(0, pool.index - int(state["since"]))
-            sentences = self._too_long(pool, rewarded, anchor, min(growth, 1e6))
+            cap = max(self.factor * anchor.high * min(growth, 1e6), HARMLESS_TOKENS)
+            sentences = self._too_long(pool, rewarded, anchor, min(growth, 1e6), cap)
         out = []
         for row, completion in enumerate(pool.completions):
             tokens = len(completion.ids)
@@ -84,6 +85,7 @@ class Length:
                     score=tokens / scale,
                     effect="no_reward",
                     tokens=tokens,
+                    tokens_limit=cap,
                     anchor_mean=anchor.mean if anchor else math.nan,
                 )
             )
@@ -115,9 +117,10 @@ class Length:
         middle = [median_low([values[i] for values in here]) for i in range(3)]
         return {"rounds": [*past, middle], "since": pool.index}
 
-    def _too_long(self, pool: Pool, rewarded: dict[str, list[int]], anchor: Anchor, growth: float) -> dict[int, str]:
+    def _too_long(
+        self, pool: Pool, rewarded: dict[str, list[int]], anchor: Anchor, growth: float, cap: float
+    ) -> dict[int, str]:
         """Rows that lose their reward, with the sentence."""
-        cap = max(self.factor * anchor.high * growth, HARMLESS_TOKENS)
         out = {}
         for rows in rewarded.values():
             tokens = {row: len(pool.completions[row].ids) for row in rows}

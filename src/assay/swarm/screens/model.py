@@ -44,7 +44,9 @@ class Logit:
             bad = not (worst <= self.slack and lowest >= (math.log(self.floor) if self.floor else -math.inf))
             at = int((evidence.logprob[row].argmin if worst <= self.slack else evidence.outside[row].argmax)())
             sentence = f"token {at + 1} is none that the model is likely to write" if bad else ""
-            found = {"outside": worst, "min_logprob": lowest, "token": float(at)}
+            found = {"outside": worst, "min_logprob": lowest, "token": float(at), "outside_limit": self.slack}
+            if self.floor:
+                found["min_logprob_floor"] = math.log(self.floor)
             out.append(_verdict(completion, self.name, bad, Reason.LOGIT, sentence, worst - lowest, found))
         return out, state
 
@@ -122,7 +124,11 @@ class Seeded:
             sentence = f"token {at + 1} {how}"
         elif mean > self.mean_margin or flips > self.max_flips:
             sentence = f"{flips} tokens differ from the seed's choice, {mean:.3f} on average"
-        found = {"max_margin": worst, "mean_margin": mean, "flips": float(flips), "token": float(at)}
+        found = {
+            "max_margin": worst, "mean_margin": mean, "flips": float(flips), "token": float(at),
+            "max_margin_limit": self.max_margin, "mean_margin_limit": self.mean_margin,
+            "flips_limit": float(self.max_flips),
+        }  # fmt: skip
         completion = pool.completions[row]
         return _verdict(completion, self.name, bool(sentence), reason, sentence, min(worst, 1e6), found)
 

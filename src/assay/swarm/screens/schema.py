@@ -42,7 +42,16 @@ class Schema:
                 reason, sentence, effect = Reason.UNREADABLE, "the bytes are not UTF-8", "no_reward"
             bad = 0.0 if reason is Reason.OK else 1.0
             out.append(
-                say(completion, self.name, reason, sentence, score=bad, effect=effect, tokens=len(completion.ids))
+                say(
+                    completion,
+                    self.name,
+                    reason,
+                    sentence,
+                    score=bad,
+                    effect=effect,
+                    tokens=len(completion.ids),
+                    tokens_limit=pool.max_tokens,
+                )
             )
         return out, state
 
