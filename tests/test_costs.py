@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from assay.bench import cost_local, cost_swarm, cost_verdict, costs, table_costs, tables, turns
+from assay.bench import cost_local, cost_screens, cost_swarm, cost_verdict, costs, table_costs, tables, turns
 from assay.bench.cost_settings import Settings
 from assay.config import ConfigError
 from assay.contribution import flatten
+from assay.federated import defence
 
 SMALL = Settings(
     model="tiny", dtype="float32", repeats=1, clients=2, paper_steps=1, paper_batch=2, local_steps=2, prompts=2,
@@ -94,13 +95,28 @@ def test_both_grpo_steps_take_the_same_gradient_of_the_same_tokens() -> None:
     assert size > 0
 
 
-def test_checks_of_the_bench_admit_the_pool_and_a_padded_pass_gives_the_same_logprobs() -> None:
+def test_checks_of_the_bench_are_those_of_the_learner() -> None:
     bench = cost_swarm.make(SMALL)
     checked = bench.learner(("seeded", "logit"))
     assert {s.name for s in checked.defence.model_screens} == {"seeded", "logit"}
-    judged = cost_swarm.look(bench, checked, cost_swarm._scored(bench, checked))
+    judged = cost_swarm.look(bench, checked, cost_swarm.scored(bench, checked), bench.practice.pool(bench.gathered))
     assert list(judged.weight_N) == [1.0] * len(bench.ids), "the model's own completions pass"
     assert len(judged.verdicts) == 2 * len(bench.ids)
+    _, learnt = checked.learn(bench.gathered, cost_swarm.Memory())
+    assert [v.evidence for v in judged.verdicts] == [v.evidence for v in learnt.judged.verdicts if v.screen != "schema"]
+
+
+@pytest.mark.slow
+def test_shares_of_a_round_are_of_its_stages(cache: Path) -> None:
+    found = cost_screens.screening(SMALL, quiet)
+    seconds = {row["name"]: row["seconds"] for row in found["rows"]}
+    training = next(s for name, s in seconds.items() if name.startswith("training, 2 clients"))
+    stages = {name: s for name, s in seconds.items() if not name.startswith("training")}
+    assert set(stages) == set(defence.LEVELS["submitted"])
+    shares = [one["value"] for one in found["ratios"]]
+    assert shares[0] == pytest.approx(sum(stages[name] for name in cost_screens.FILTERS) / training)
+    assert shares[1] == pytest.approx((stages["canary"] + stages["gate"]) / training)
+    assert shares[2] == pytest.approx(sum(stages.values()) / training)
 
 
 def test_rollouts_of_both_are_the_same_tokens_where_nothing_is_drawn() -> None:

@@ -9,7 +9,7 @@ Legend: N rows, T completion tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from assay.bench import peers
 from assay.bench.cost_settings import Settings
 from assay.bench.turns import Say, Side, matmul_peak, model_flops, ratio, take, told
 from assay.config import SwarmExperiment
-from assay.contribution import Completion, completion_sha256
+from assay.contribution import Completion, Pool, completion_sha256
 from assay.swarm import build, screening
 from assay.swarm.evidence import Collected, collect
 from assay.swarm.exchange import Gathered, Plan
@@ -191,17 +191,16 @@ def checks(settings: Settings, say: Say) -> dict[str, Any]:
     """
     bench = make(settings)
     plain, checked = bench.learner(), bench.learner(("seeded", "logit"))
-    with torch.no_grad():
-        parts = list(_scored(bench, checked))
+    parts, pool = list(scored(bench, checked)), bench.practice.pool(bench.gathered)
     step, both, looking = "GRPO step", "GRPO step with both checks", "both checks, logits at hand"
     alone, forward, padded = "forward pass with both checks", "forward pass", "Transformers' forward pass, padded"
     sides = take(
         {
             step: lambda: plain.learn(bench.gathered, Memory()),
             both: lambda: checked.learn(bench.gathered, Memory()),
-            looking: lambda: look(bench, checked, parts),
-            alone: lambda: look(bench, checked, _scored(bench, checked)),
-            forward: lambda: [_logprobs(bench, part) for part in _scored(bench, checked)],
+            looking: lambda: look(bench, checked, parts, pool),
+            alone: lambda: look(bench, checked, scored(bench, checked), pool),
+            forward: lambda: sum(1 for _ in scored(bench, checked)),
             padded: _padded(bench, checked),
         },
         settings.repeats, say,
@@ -218,26 +217,21 @@ def checks(settings: Settings, say: Say) -> dict[str, Any]:
     }
 
 
-def _scored(bench: Bench, learner: Learner) -> Any:
-    """Teacher-forced logits in micro-batches, without gradients."""
+def scored(bench: Bench, learner: Learner) -> Iterator[tuple[Scored, torch.Tensor]]:
+    """Teacher-forced logits in micro-batches with their log-probabilities, without gradients."""
     with torch.no_grad():
-        yield from score(learner.model, bench.prompts, bench.ids, micro_rows=learner.micro_rows)
+        for part in score(learner.model, bench.prompts, bench.ids, micro_rows=learner.micro_rows):
+            yield part, token_logprobs(part.logits_NTV, part.token_NT, bench.practice.sampler.temperature)
 
 
-def _logprobs(bench: Bench, part: Scored) -> torch.Tensor:
-    with torch.no_grad():
-        return token_logprobs(part.logits_NTV, part.token_NT, bench.practice.sampler.temperature)
-
-
-def look(bench: Bench, learner: Learner, parts: Any) -> screening.Judged:
+def look(bench: Bench, learner: Learner, parts: Iterable[tuple[Scored, torch.Tensor]], pool: Pool) -> screening.Judged:
     """Evidence of every token and the verdicts on it, as the learner takes them."""
     found, completions = Collected(), bench.gathered.completions
     assert learner.defence.wanted is not None
-    for part in parts:
+    for part, logprob_NT in parts:
         chosen = [completions[row] for row in part.rows]
         seeds = [bench.practice.seed(c.round, c.participant, c.prompt, c.index) for c in chosen]
-        collect(found, part, seeds, _logprobs(bench, part), learner.defence.wanted)
-    pool = bench.practice.pool(bench.gathered)
+        collect(found, part, seeds, logprob_NT, learner.defence.wanted)
     judged = screening.Judged.unjudged(pool, {})
     rows = list(range(len(completions)))
     screening.judge_rows(judged, pool, rows, learner.defence.model_screens, evidence=found.evidence(rows))

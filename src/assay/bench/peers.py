@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from assay import models
 from assay.bench.turns import Stopwatch, Turn
@@ -100,6 +100,7 @@ class LocalTrainer:
                     return loss
 
                 trainer.compute_loss = noted
+                trainer.remove_callback(PrinterCallback)  # stdout belongs to --json
                 trainer.train()
         finally:
             base.set_attn_implementation(before)
@@ -126,7 +127,7 @@ class LocalTrainer:
 class Grpo:
     """TRL's GRPOTrainer on one fixed pool: `step` takes one optimiser step on all of it and returns its time.
 
-    `prompts` and `rewards` are by row, rows of one prompt side by side. ConfigError's cousin ImportError without TRL.
+    `prompts` and `rewards` are by row, rows of one prompt side by side. ImportError without TRL.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Grpo:
                 train_dataset=datasets.Dataset.from_dict({"prompt": [str(i) for i in range(len(self.rows) // group)]}),
                 rollout_func=self._rollout, callbacks=[self.watch],
             )  # fmt: skip
+            self.trainer.remove_callback(PrinterCallback)
 
     def step(self, attention: str) -> Turn:
         """One step with this attention of Transformers'."""
