@@ -157,8 +157,12 @@ def test_parts_are_kept_and_stand_in_the_table(tmp_path: Path, monkeypatch: pyte
     assert json.loads(path.read_text()) == json.loads(json.dumps(found))
     text = tables.table(found)
     assert all(f"{name} ratio" in text for name in costs.PARTS)
-    costs.run(Settings(), ["grpo"], path, "assay bench costs", quiet)
-    assert calls.count("grpo") == 2, "other settings are another bench"
+    with pytest.raises(ConfigError, match="other settings"):
+        costs.run(Settings(), ["grpo"], path, "assay bench costs", quiet)
+    monkeypatch.setattr(costs.run_dir, "commit", lambda: "another")
+    again = costs.run(SMALL, ["grpo"], path, "assay bench costs", quiet)
+    assert (calls.count("grpo"), calls.count("local")) == (2, 1), "of another commit only what is asked for is measured"
+    assert again["parts"].keys() == found["parts"].keys()
     with pytest.raises(ConfigError, match="--only"):
         costs.run(SMALL, ["nope"], path, "", quiet)
     path.write_text('{"wing": "soak"}')

@@ -1,8 +1,8 @@
 """What screening and learning cost, as ratios side by side: `assay bench costs`.
 
 Parts are measured one after the other and written down one by one: a bench that was stopped goes on with the parts that
-are left, and parts of other settings or another commit are measured again. Each part says what it compared; both sides
-of a ratio run in turns, in one process, on the same threads (turns.py).
+are left, and measures those of another commit again. Each part says what it compared; both sides of a ratio run in turns,
+in one process, on the same threads (turns.py).
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ PARTS: Mapping[str, Part] = {
 
 
 def run(settings: Settings, only: Sequence[str], path: Path | None, command: str, say: Say) -> dict[str, Any]:
-    """Measure the parts that are named (none: all) and not in `path` yet; written after each."""
+    """Measure the parts that are named (none: all) and not in `path` at this commit; written after each."""
     for name in only:
         if name not in PARTS:
             raise ConfigError(f"--only: {name!r} is no part; known are {', '.join(PARTS)}")
     done = _kept(settings, path)
     for name in only or PARTS:
-        if name in done:
+        if name in done and done[name]["commit"] == run_dir.commit():
             say(f"{name}: measured already")
             continue
         say(f"{name}: {PARTS[name].told}")
@@ -79,12 +79,13 @@ def results(settings: Settings, done: Mapping[str, Any], command: str) -> dict[s
 
 
 def _kept(settings: Settings, path: Path | None) -> dict[str, Any]:
-    """Parts of an earlier call with the same settings on the same machine and commit."""
+    """Parts of earlier calls, which must have had these settings and this machine (ConfigError)."""
     if path is None or not path.exists():
         return {}
     found = json.loads(path.read_text())
     if found.get("wing") != "costs":
         raise ConfigError(f"--results: {path} holds other results; name another file")
-    same = found["settings"] == json.loads(json.dumps(asdict(settings))) and found["machine"] == run_dir.machine()
-    kept: dict[str, Any] = found["parts"] if same else {}
-    return {name: part for name, part in kept.items() if part["commit"] == run_dir.commit()}
+    if found["settings"] != json.loads(json.dumps(asdict(settings))) or found["machine"] != run_dir.machine():
+        raise ConfigError(f"--results: {path} holds parts of other settings or another machine; name another file")
+    kept: dict[str, Any] = found["parts"]
+    return kept
