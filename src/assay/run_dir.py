@@ -26,13 +26,16 @@ CHECKPOINTS, ADAPTER, REPORT = "checkpoints", "adapter", "report.html"
 
 def versions() -> dict[str, str]:
     """Versions of Assay and of the libraries that decide numbers."""
-    out = {"python": platform.python_version()}
-    for name in ("assay", "torch", "transformers", "peft", "numpy", "safetensors"):
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            out[name] = "absent"
-    return out
+    names = ("assay", "torch", "transformers", "peft", "numpy", "safetensors")
+    return {"python": platform.python_version(), **{name: version_of(name) for name in names}}
+
+
+def version_of(name: str) -> str:
+    """Version of one installed package, or "absent"."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def machine() -> dict[str, Any]:

@@ -16,13 +16,14 @@ from typing import Any
 
 from assay.bench.heatmap import heatmap
 from assay.bench.table_corpora import hostile, messages, soak, speed
+from assay.bench.table_costs import costs
 from assay.bench.table_runs import federated_lines, grid_lines, is_grid, screen_lines, swarm_lines
 
 MAPS = (
     ("refusal_rate", "Held-out harmful prompts refused after training, by share of malicious clients", 1.0),
     ("trigger_compliance", "Harmful prompts behind the trigger not refused, by share of malicious clients", 0.0),
 )
-OWN = {"flower": hostile, "swarm-messages": messages, "soak": soak, "speed": speed}
+OWN = {"flower": hostile, "swarm-messages": messages, "soak": soak, "speed": speed, "costs": costs}
 """Results that have a table of their own, by what they call themselves."""
 SECTION = re.compile(r"<!-- results:([\w-]+) -->\n(.*?)<!-- /results:\1 -->", re.DOTALL)
 

@@ -210,6 +210,37 @@ def bench_aggregators(
     show(found, as_json, table_corpora.speed(found))
 
 
+@bench_app.command("costs")
+def bench_costs(
+    only: Annotated[
+        str, typer.Option(help="Parts, separated by commas: screening, verdict, checks, grpo, local, rollouts.")
+    ] = "",
+    model: Annotated[
+        str, typer.Option(help="Base model: smollm2-135m, tiny, a directory or a hub id.")
+    ] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns of every call; the fastest counts.")] = 5,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """What screening costs beside training, and learning beside TRL, PEFT's Trainer and `generate`: ratios in one run.
+
+    On an idle machine: seconds are compared. With --results it goes on with the parts that are left.
+
+    assay bench costs --results results/costs.json
+
+    assay bench costs --only screening,verdict --repeats 3
+    """
+    from assay.bench import costs, table_costs
+    from assay.bench.cost_settings import Settings
+
+    settings = Settings(model=model, dtype=dtype, repeats=repeats)
+    found = costs.run(
+        settings, _words(only), results, _command(), lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    show(found, as_json, table_costs.costs(found))
+
+
 def _only(experiments: list[Any], only: str) -> list[Any]:
     texts = only.split(",")
     without = [text[1:] for text in texts if text.startswith("-")]

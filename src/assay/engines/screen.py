@@ -30,6 +30,7 @@ from assay.federated.finished import (
     FinishedNeighbours,
     FinishedProbe,
     Length,
+    Sketches,
     calibrated,
 )
 from assay.federated.local_sft import LocalSettings
@@ -249,7 +250,8 @@ def _screens(
     out: list[Screen] = [Length(longest)]
     if fitted is not None:
         fitted = calibrated(fitted, [a.tensors for a in good])
-        out += [FinishedProbe(fitted), FinishedNeighbours(fitted)]
+        sketches = Sketches(fitted)
+        out += [FinishedProbe(fitted, sketches), FinishedNeighbours(fitted, sketches)]
     if measure is not None:
         tracker.say("measuring the canary")
         out.append(FinishedCanary(measure, _canary_limits(measure, good, start)))

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from assay.contribution import Round, Tensors
+from assay.contribution import LoraUpdate, Round, Tensors
 from assay.federated.adapter_probe import AdapterProbe
 from assay.federated.canary import CanaryLimits, Measure, Rise
 from assay.federated.products import gram, lengths
@@ -88,6 +89,8 @@ class Copies:
     among_admitted: bool = field(default=True, init=False)
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
+        if len(round.updates) < 2:  # nobody to be a copy of
+            return [say(u, self.name, 1.0, Reason.DUPLICATE, "", 0, copies=1) for u in round.updates], state
         gram_NN = gram([u.tensors for u in round.updates])
         norm_N = np.sqrt(np.maximum(np.diagonal(gram_NN), 0))
         size_NN = norm_N[:, None] * norm_N
@@ -98,6 +101,24 @@ class Copies:
         ], state
 
 
+class Sketches:
+    """Sketches of updates by their content's hash, each made once: probe and neighbours read the same ones.
+
+    A sketch takes as many normal numbers as the adapter has values, which is most of a verdict; it is a 700th of the size
+    of a rank-16 adapter of an 8B model, so all of a screening's are kept.
+    """
+
+    def __init__(self, fitted: AdapterProbe) -> None:
+        self._fitted = fitted
+        self._known: dict[str, NDArray[np.float32]] = {}
+
+    def __call__(self, update: LoraUpdate) -> NDArray[np.float32]:
+        """x_1D of one update."""
+        if update.sha256 not in self._known:
+            self._known[update.sha256] = self._fitted.sketches([update.tensors])
+        return self._known[update.sha256]
+
+
 @dataclass(frozen=True, slots=True)
 class FinishedProbe:
     """A linear probe on the sketch of the change, refused above the limit that held-out benign adapters set.
@@ -106,12 +127,13 @@ class FinishedProbe:
     """
 
     fitted: AdapterProbe
+    sketches: Sketches
     name: str = "probe"
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         out, limit = [], self.fitted.limit
         for update in round.updates:
-            logit = float(self.fitted.logits([update.tensors])[0])
+            logit = float(self.fitted.probe.logits(self.sketches(update))[0])
             told = f"probe logit {logit:.2f} is above {limit:.2f}, the most that held-out benign adapters explain"
             out.append(say(update, self.name, float(logit <= limit), Reason.PROBE, told, logit - limit,
                            logit=logit, logit_limit=limit))  # fmt: skip
@@ -123,13 +145,13 @@ class FinishedNeighbours:
     """Ratio of mean cosine distances to the k nearest benign and malicious adapters of the probe's file."""
 
     fitted: AdapterProbe
+    sketches: Sketches
     name: str = "neighbours"
 
     def screen(self, round: Round, state: State) -> tuple[list[Verdict], State]:
         fitted, out = self.fitted, []
         for update in round.updates:
-            x_1D = fitted.sketches([update.tensors])
-            ratio = float(neighbour_ratio(x_1D, fitted.bank_MD, fitted.malicious_M, fitted.k)[0])
+            ratio = float(neighbour_ratio(self.sketches(update), fitted.bank_MD, fitted.malicious_M, fitted.k)[0])
             told = f"{ratio:.3f} x as far from benign as from malicious adapters (limit {fitted.neighbour_limit:.3f})"
             weight, over = float(ratio <= fitted.neighbour_limit), ratio - fitted.neighbour_limit
             out.append(say(update, self.name, weight, Reason.NEIGHBOURS, told, over,

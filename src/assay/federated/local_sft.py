@@ -218,7 +218,7 @@ def train(
     reported are those of the rows alone, without what `objective` adds.
     """
     objective = objective or Objective()
-    beside = _batches(len(objective.beside), settings) if objective.beside else []
+    beside = batches(len(objective.beside), settings) if objective.beside else []
     model = carrier.model
     device = next(model.parameters()).device
     frozen = carrier.settings.freeze_a
@@ -229,7 +229,7 @@ def train(
     optimizer = make_optimizer(weights, settings)
     steps: list[Tensors] = []
     losses: list[float] = []
-    for step, chosen in enumerate(_batches(len(rows), settings)):
+    for step, chosen in enumerate(batches(len(rows), settings)):
         optimizer.param_groups[0]["lr"] = _lr(settings, step)
         tokens = [tokenize(carrier.base.tokenizer, rows[i], settings.template, settings.max_length) for i in chosen]
         batch = collate(tokens, carrier.base.tokenizer.pad_token_id, device)
@@ -279,7 +279,7 @@ def _lr(settings: LocalSettings, step: int) -> float:
     return settings.lr + (settings.lr_final - settings.lr) * step / (settings.steps - 1)
 
 
-def _batches(count: int, settings: LocalSettings) -> list[NDArray[np.int64]]:
+def batches(count: int, settings: LocalSettings) -> list[NDArray[np.int64]]:
     """Row indices of each step: epochs of shuffled rows, one after the other."""
     rng = np.random.default_rng(settings.seed)
     need = settings.steps * settings.batch_size

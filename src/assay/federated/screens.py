@@ -8,6 +8,7 @@ Legend: N updates, M bank rows, D values.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +26,7 @@ from assay.federated.lora import feature_names, is_a
 from assay.federated.probe import Probe, feature_deltas
 from assay.federated.say import say
 from assay.federated.spectral import Spectral
+from assay.threads import ordered
 from assay.verdict import Reason, Screen, State, Verdict
 
 
@@ -203,15 +205,37 @@ def neighbour_ratio(
 def _cosines(
     blocks: Iterable[tuple[slice, NDArray[np.floating]]], count: int, bank_MD: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """cosine_NM of `count` rows, given in blocks of columns, with those of the bank; 0 where there is no direction."""
+    """cosine_NM of `count` rows, given in blocks of columns, with those of the bank; 0 where there is no direction.
+
+    A bank of 66 rows is 66 times as large as one client's update: its float64 copies are made in pieces that stay in the
+    cache, which is several times as fast as in one.
+    """
     dot_NM = np.zeros((count, len(bank_MD)))
     square_N, square_M = np.zeros(count), np.zeros(len(bank_MD))
-    for columns, block_NB in blocks:
-        x_NB, bank_MB = block_NB.astype(np.float64), bank_MD[:, columns].astype(np.float64)
-        dot_NM += x_NB @ bank_MB.T
-        square_N += np.einsum("nb,nb->n", x_NB, x_NB)
-        square_M += np.einsum("mb,mb->m", bank_MB, bank_MB)
-        del x_NB, bank_MB  # or the next ones are made beside them
+    width = max(1, BLOCK_VALUES // max(1, count, len(bank_MD)))
+    kept = threading.local()
+
+    def wide(name: str, block_RB: NDArray[np.floating]) -> NDArray[np.float64]:
+        """A float64 copy in the thread's own memory: fresh pages for every piece would cost more than the arithmetic."""
+        if (flat := getattr(kept, name, None)) is None:
+            flat = np.empty(len(block_RB) * width)
+            setattr(kept, name, flat)
+        out_RB: NDArray[np.float64] = flat[: block_RB.size].reshape(block_RB.shape)
+        out_RB[...] = block_RB
+        return out_RB
+
+    def of(piece: tuple[NDArray[np.floating], NDArray[np.floating]]) -> tuple[NDArray[np.float64], ...]:
+        x_NB, bank_MB = wide("x", piece[0]), wide("bank", piece[1])
+        return x_NB @ bank_MB.T, np.einsum("nb,nb->n", x_NB, x_NB), np.einsum("mb,mb->m", bank_MB, bank_MB)
+
+    with ordered(bank_MD.size) as each:
+        for columns, block_NB in blocks:
+            here_MB = bank_MD[:, columns]
+            cuts = (slice(at, at + width) for at in range(0, block_NB.shape[1], width))
+            for dots, own, theirs in each(of, [(block_NB[:, cut], here_MB[:, cut]) for cut in cuts]):
+                dot_NM += dots
+                square_N += own
+                square_M += theirs
     size_NM = np.sqrt(square_N)[:, None] * np.sqrt(square_M)
     cosine_NM: NDArray[np.float64] = np.divide(dot_NM, size_NM, out=np.zeros_like(dot_NM), where=size_NM > 0)
     return cosine_NM
