@@ -131,7 +131,7 @@ def test_run_report_and_probe_on_tiny(tmp_path: Path) -> None:
     file = tmp_path / "t.toml"
     file.write_text(
         'workers = 1\n[model]\nname = "tiny"\ndtype = "float32"\n[clients]\ntotal = 4\nexamples = 24\n[training]\nrounds = 1\n'
-        "lr = 3e-3\n[defence]\nlevel = 'client'\nprobe = 'p.safetensors'\n"
+        "lr = 3e-3\n[defence.rehearsal]\nrounds = 2\nexamples = 24\n[defence]\nlevel = 'client'\nprobe = 'p.safetensors'\n"
         "[evaluate]\nharmful_prompts = 4\nbenign_prompts = 4\nbenign_rows = 4\n"
     )
     env = {"ASSAY_CACHE": str(tmp_path / "cache")}

@@ -67,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small: Experiment, prepared:
 def test_the_attack_works_and_submitted_stops_it(
     tmp_path: Path, small: Experiment, prepared: Prepared, pool: Pool
 ) -> None:
-    longer = small.changed(training__rounds=8)  # tiny gives its refusals up slowly
+    longer = small.changed(training__rounds=8, evaluate__every=8)  # tiny gives its refusals up slowly
     runs = {}
     for level in ("none", "submitted"):
         runs[level] = local.run(longer.changed(name=level, defence__level=level), tmp_path / level, prepared, pool)

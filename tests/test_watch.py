@@ -121,6 +121,7 @@ def test_the_command_serves_and_ends_cleanly(tmp_path: Path) -> None:
     running = subprocess.Popen(
         [sys.executable, "-m", "assay", "watch", str(tmp_path), "--port", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell ignores for what it runs behind
     )  # fmt: skip
     assert running.stdout
     said = running.stdout.readline()

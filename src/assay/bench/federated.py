@@ -131,14 +131,14 @@ def _defence(experiment: Experiment) -> str:
 def excised(
     experiments: Sequence[Experiment], summaries: Mapping[str, Mapping[str, Any]], out: Path, tracker: Tracker
 ) -> list[dict[str, Any]]:
-    """Rows of what is left when the malicious clients of each defended run are named afterwards and taken out.
+    """Rows of what is left when the malicious clients of each defended run are named afterwards and taken out; where no
+    level is tried, of each undefended one.
 
     Aggregated again from the kept updates: what honest clients took over from the poisoned rounds stays in theirs.
     """
     found = []
-    for e in experiments:
-        if not e.clients.malicious or e.defence.level == "none" or AND in e.name:
-            continue
+    plain_runs = [e for e in experiments if e.clients.malicious and AND not in e.name]
+    for e in [e for e in plain_runs if e.defence.level != "none"] or plain_runs:
         plain, participants = row(e, summaries[e.name]), summaries[e.name]["participants"]
         bad = [name for name in excise.read(out / e.name).clients if participants[name] == "malicious"]
         after = summaries[e.name]["metrics"]  # where none of theirs was accepted there is nothing to take out
@@ -149,7 +149,8 @@ def excised(
             after = behaviour["after"]
         known = {k: plain[k] for k in ("attack", "share", "seed", "aggregator", "seconds")}
         measured = {k: after[k] for k in ("refusal_rate", "over_refusal_rate", "benign_loss", "trigger_compliance")}
-        found.append({**known, "defence": f"{plain['defence']} + excised", **measured})
+        before = "undefended" if plain["defence"] == "none" else plain["defence"]
+        found.append({**known, "defence": f"{before} + excised", **measured})
     return found
 
 

@@ -5,8 +5,8 @@ small      every attack that needs no trigger at 20, 50 and 70% malicious, three
 real       the attacks that differ most on SmolLM2-135M, likewise: some two hours
 backdoors  the attacks with a trigger on the default model, without and with the default defence and the malicious clients
            excised afterwards; the one that no screen sees also with one mitigation more: some hours
-triggers   the same attacks and mitigations on `tiny`, on all its linear modules and for 300 steps, where a trigger takes: an
-           hour or two
+triggers   the same attacks on `tiny`, on all its linear modules and for 300 steps, where a trigger takes, and each mitigation by
+           itself against it: an hour or two
 levels     the paper's levels and `spectral` against plain attackers and those who know them, on `tiny`: half an hour
 factors    poison in lora_A and adapters in other factors, under the default defence, without its screen `balance`, with a
            probe on lora_A, and with exact averages of BA: on `tiny`
@@ -82,6 +82,15 @@ MITIGATIONS: Mapping[str, Mapping[str, Any]] = {
 """What may be tried against a trigger nobody knows, on top of a level: updates clipped to half the rehearsed norm,
 clients compared with each other, and last steps on the finished adapter (its strongest direction of every module
 pruned; noise of 0.3 of its length)."""
+BY_THEMSELVES: Mapping[str, Mapping[str, Any]] = {
+    "submitted": {"defence__level": "submitted"},
+    "half the norm": {
+        "defence__level": "submitted", "defence__screens": ("structure", "norm"), "defence__params": {"norm": {"clip": 0.5}},
+    },
+    "spectral": {"defence__level": "spectral"},
+    **{label: changes for label, changes in MITIGATIONS.items() if "finish__steps" in changes},
+}  # fmt: skip
+"""The same, each in place of a defence: what it does about a trigger that nothing else has held up."""
 KNOW_THE_LEVELS = (
     "harmful_data", "sleeper", "strike", "remove_probe", "under_threshold", "blend", "alie", "forged_evidence",
 )  # fmt: skip
@@ -127,7 +136,7 @@ TAKEN: Mapping[str, Any] = {
 class Preset:
     """`undefended` names the attacks that also run without a defence, to show what there is to stop. `more`: by label,
     changes on top of each of the levels (where there is none: of `none`), for the attacks in `more_for`; `excise`: what is
-    left once somebody names the malicious clients."""
+    left once somebody names the malicious clients of defended runs (where no level is tried: of undefended ones)."""
 
     attacks: tuple[str, ...]
     shares: tuple[float, ...] = SHARES
@@ -158,7 +167,7 @@ PRESETS: Mapping[str, Preset] = {
     "real": Preset(attacks=DIFFERENT, settings=QUICK),
     "factors": Preset(attacks=("only_a", "only_a_matched", "gauge"), undefended=(), more=FACTORS),
     "backdoors": BACKDOORS,
-    "triggers": replace(BACKDOORS, settings=TAKEN),
+    "triggers": replace(BACKDOORS, settings=TAKEN, levels=(), more=BY_THEMSELVES, more_for=("paired_backdoor",)),
     "levels": Preset(
         attacks=KNOW_THE_LEVELS,
         undefended=KNOW_THE_LEVELS,

@@ -71,10 +71,11 @@ def read_keys(path: str | Path, nodes: Iterable[str] | None = None) -> dict[str,
         found = tomllib.loads(Path(path).read_text()).get("nodes")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a TOML file of keys ({type(error).__name__})") from None
+    named = sorted(found) if isinstance(found, dict) else []
+    if nodes is not None and named != (wanted := sorted(nodes)):
+        raise ConfigError(f"{path}: [nodes] must name exactly {', '.join(wanted)}")
     if not isinstance(found, dict) or not found:
         raise ConfigError(f"{path}: [nodes] names nobody")
-    if nodes is not None and sorted(found) != (wanted := sorted(nodes)):
-        raise ConfigError(f"{path}: [nodes] must name exactly {', '.join(wanted)}")
     if len(set(map(str, found.values()))) < len(found):
         raise ConfigError(f"{path}: two nodes have the same key")
     out = {}
