@@ -10,6 +10,8 @@ triggers   the same attacks on `tiny`, on all its linear modules and for 300 ste
 levels     the paper's levels and `spectral` against plain attackers and those who know them, on `tiny`: half an hour
 factors    poison in lora_A and adapters in other factors, under the default defence, without its screen `balance`, with a
            probe on lora_A, and with exact averages of BA: on `tiny`
+crowd      those who spend what the canary's limits leave them, under the default defence, with the screen `crowd`, and with
+           a probe on lora_A as well: on `tiny`, ten minutes
 aggregators   no screen, one robust rule after the other, on `tiny`: half an hour
 full       everything, every level, 0 to 70%, 25 rounds: for a GPU or a night
 """
@@ -115,6 +117,12 @@ FACTORS: Mapping[str, Mapping[str, Any]] = {
     "product": {"aggregation__average": "product"},
 }
 """What may be tried against attacks on the factors, on top of a level."""
+_WITH_CROWD = tuple(n for name in LEVELS["submitted"] for n in ((name, "crowd") if name == "canary" else (name,)))
+CROWD: Mapping[str, Mapping[str, Any]] = {
+    "crowd": {"defence__screens": _WITH_CROWD},
+    "crowd and probe a": {"defence__screens": (*_WITH_CROWD, "probe_a")},
+}
+"""What may be tried against those who stay under every limit, together."""
 SHARES = (0.2, 0.5, 0.7)
 TINY: Mapping[str, Any] = {
     "model__name": "tiny", "model__dtype": "float32", "training__lr": 8e-3, "training__steps": 4,
@@ -166,6 +174,21 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "real": Preset(attacks=DIFFERENT, settings=QUICK),
     "factors": Preset(attacks=("only_a", "only_a_matched", "gauge"), undefended=(), more=FACTORS),
+    "crowd": Preset(
+        attacks=(
+            "harmful_data",
+            "blend",
+            "anchor_pusher",
+            "under_threshold",
+            "gradient_penalty",
+            "alie",
+            "only_a_matched",
+        ),
+        undefended=(),
+        shares=(0.7,),
+        seeds=(3, 4),
+        more=CROWD,
+    ),
     "backdoors": BACKDOORS,
     "triggers": replace(BACKDOORS, settings=TAKEN, levels=(), more=BY_THEMSELVES, more_for=("paired_backdoor",)),
     "levels": Preset(

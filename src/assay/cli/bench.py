@@ -35,7 +35,7 @@ def bench_federated(
     preset: Annotated[
         str,
         typer.Option(
-            help="small, real, backdoors, triggers, levels, factors, aggregators or full: a grid of attacks, shares and levels."
+            help="small, real, backdoors, triggers, levels, factors, crowd, aggregators or full: a grid of attacks, shares and levels."
         ),
     ] = "",
     levels: Annotated[

@@ -45,6 +45,9 @@ class CanaryLimits:
     refusal_usual: float | None = None
     safe_usual: float | None = None
     """Largest mean rise of one honest client over its rounds, falls counted as 0; None: rehearsed before it was kept."""
+    crowd_step: float | None = None
+    crowd_anchor: float | None = None
+    """Largest rise of refusals that the mean of honest clients explains (crowd.py); None: rehearsed before it was kept."""
 
 
 class Measure:

@@ -18,6 +18,7 @@ from assay.federated import published, screens
 from assay.federated.balance import FLOOR
 from assay.federated.canary import Canary, Gate, Measure
 from assay.federated.claims import Ordered
+from assay.federated.crowd import Crowd
 from assay.federated.probe import Probe
 from assay.federated.rehearsed import Rehearsal
 from assay.federated.spectral import FEWEST
@@ -98,7 +99,7 @@ def level_name(experiment: Experiment) -> str:
 
 def reads_model(experiment: Experiment) -> bool:
     """Whether every client's update is measured on the model."""
-    return "canary" in names(experiment)
+    return bool({"canary", "crowd"} & set(names(experiment)))
 
 
 def wants_shadow(experiment: Experiment) -> bool:
@@ -174,7 +175,9 @@ def _build(name: str, experiment: Experiment, material: Material) -> Screen:
     given = dict(experiment.defence.params.get(name, {}))
     if name not in FACTORIES:
         if not screens.known(name):
-            raise ConfigError(f"unknown screen {name!r}; known: {', '.join([*screens.names(), 'canary', GATE])}")
+            raise ConfigError(
+                f"unknown screen {name!r}; known: {', '.join([*screens.names(), 'canary', 'crowd', GATE])}"
+            )
         return screens.make(name, **given)  # a plugin's: it knows its own parameters
     parts = BUILDERS[name](experiment, material, given) if name in BUILDERS else Parts({}, {})
     factory = FACTORIES[name]
@@ -304,7 +307,7 @@ def _shadow_ordered(experiment: Experiment) -> Callable[[int], Ordered]:
     return _ordered(experiment, lambda round: lr)
 
 
-FACTORIES: Mapping[str, Callable[..., Any]] = {**screens.SCREENS, "canary": Canary}
+FACTORIES: Mapping[str, Callable[..., Any]] = {**screens.SCREENS, "canary": Canary, "crowd": Crowd}
 BUILDERS: Mapping[str, Builder] = {
     "structure": _structure,
     "norm": _norm,
@@ -313,6 +316,7 @@ BUILDERS: Mapping[str, Builder] = {
     "balance": _balance,
     "probe_a": _probe_a,
     "canary": _canary,
+    "crowd": _canary,
     "step": _step,
     "client": _client,
     "shadow": _shadow,

@@ -186,6 +186,7 @@ def get_rehearsal(
         found = Rehearsal.load(path)
         lacks = {"balance": found.spread is None, "probe_a": found.probe_a is None}
         lacks["canary"] = found.canary.refusal_usual is None and experiment.defence.params.get("canary") is not None
+        lacks["crowd"] = found.canary.crowd_step is None
         if not any(lacks.get(name) for name in names(experiment)):  # else a file of before the screen: play again
             return found
     config = experiment.defence.rehearsal

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +130,7 @@ def rehearse(
     opt, average = server_opt.of(experiment.server), aggregators.make("mean")
     opt_state, controls = opt.init(flatten(initial)), dict[str, NDArray[np.float32]]()
     bank, actors_M, norms, rises, share_RNS, of_a = [], [], [], [], [], []
+    moved = [anchor]
     actors = cast(experiment, sources)
     honest_N = np.array([not a.malicious for a in actors])
     left_N = _left(honest_N, config.honest, experiment.seed)
@@ -159,12 +161,19 @@ def rehearse(
             controls = scaffold.update(controls, names, delta_ND, left_N.astype(np.float64), rule, average)
         params_D, opt_state = opt.update(delta_ND[left_N].mean(axis=0), opt_state, base_D)
         adapter = unflatten(params_D, adapter)
+        moved += measure([adapter])
     lrs = [settings_of_round[min(r, len(settings_of_round) - 1)].lr for r in range(rounds_of(experiment))]
     spread = Spread.of(np.array(share_RNS), config.margin)
     made_of = _calibrate(np.concatenate(bank), actors_M, norms, lrs, rises, config.margin, experiment, base_sha256)
     if of_a:
         probe_a, limit = _probe_on_a(np.concatenate(of_a), actors_M, config.margin, base_sha256)
         made_of = replace(made_of, probe_a=probe_a, probe_a_limit=limit)
+    together = [Rise.of(after, before, anchor) for before, after in pairwise(moved)]
+    crowd = {
+        f"crowd_{key}": limit_of([getattr(r, f"refusal_{key}") for r in together], experiment.defence.canary.margin)
+        for key in ("step", "anchor")
+    }
+    made_of = replace(made_of, canary=replace(made_of.canary, **crowd))
     return replace(made_of, spread=spread)
 
 

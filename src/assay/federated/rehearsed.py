@@ -66,6 +66,8 @@ class Rehearsal:
             safe_anchor=max(floors.safe_anchor_floor, raw.safe_anchor),
             refusal_usual=None if raw.refusal_usual is None else max(floors.floor / 2, raw.refusal_usual),
             safe_usual=None if raw.safe_usual is None else max(floors.safe_floor / 2, raw.safe_usual),
+            crowd_step=None if raw.crowd_step is None else max(floors.floor, raw.crowd_step),
+            crowd_anchor=None if raw.crowd_anchor is None else max(floors.anchor_floor, raw.crowd_anchor),
         )
 
     def save(self, path: Path) -> None:

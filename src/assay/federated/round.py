@@ -119,7 +119,7 @@ def run_round(
     at = time.perf_counter()
     screened = screen_round(round, defence.screens, state.screens, monitor=defence.monitor)
     for verdict in screened.verdicts:
-        stage = "canary" if verdict.screen == "canary" else "screen"
+        stage = "canary" if verdict.screen in ("canary", "crowd") else "screen"
         seconds[stage] = seconds.get(stage, 0.0) + verdict.seconds
     at = time.perf_counter()
     after, result, why = state.adapter, "applied", ""

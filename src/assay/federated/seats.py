@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from assay.federated import client as honest
 from assay.federated import scaffold
 from assay.federated.attacks import Attack, Handed, Seat, Seen, Sending
 from assay.federated.attacks.seat import Bank, Check, Delta, Linear, where
-from assay.federated.canary import Canary, Rise
+from assay.federated.canary import Canary, Measure, Rise
 from assay.federated.compute import TrainJob
+from assay.federated.crowd import Crowd
 from assay.federated.defence import Defence
 from assay.federated.local_sft import LocalResult, LocalSettings
 from assay.federated.lora import feature_names, is_a
@@ -219,7 +221,9 @@ def handed_over(table: Table, round: int, start: Tensors) -> Handed:
             )  # fmt: skip
             checks.append(Check("neighbours", _ratio_of(screen, start, names), screen.limit))
         elif isinstance(screen, Canary):
-            harm = _harm_of(screen, start, table.initial)
+            harm = _harm_of(screen.measure, partial(Rise.harm, limits=screen.limits), start, table.initial)
+        elif isinstance(screen, Crowd):  # who keeps to its limits is never left out
+            harm = _harm_of(screen.measure, screen.harm, start, table.initial)
         elif isinstance(screen, ProbeFilter):
             read = _linear(screen.probe, screen.limit, start)
             checks.append(Check(screen.name, _logit_of(read, start), read.limit))
@@ -238,11 +242,13 @@ def _linear(probe: Probe, limit: float, start: Tensors) -> Linear:
     return Linear(names=names, weight_D=probe.weight_D, bias=probe.bias, limit=limit)
 
 
-def _harm_of(screen: Canary, start: Tensors, initial: Tensors) -> Callable[[Delta], float]:
+def _harm_of(
+    measure: Measure, judge: Callable[[Rise], float], start: Tensors, initial: Tensors
+) -> Callable[[Delta], float]:
     def harm(delta_D: Delta) -> float:
         adapter = unflatten(flatten(start) + delta_D, start)
-        anchor, before, after = screen.measure([initial, start, adapter])
-        return Rise.of(after, before, anchor).harm(screen.limits)
+        anchor, before, after = measure([initial, start, adapter])
+        return judge(Rise.of(after, before, anchor))
 
     return harm
 

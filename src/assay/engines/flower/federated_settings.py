@@ -72,7 +72,7 @@ def check_deployment(experiment: Experiment) -> None:
         )
     config, wanted = experiment.defence, set(defence.names(experiment))
     for screens, key, seed in (
-        ({"canary", "gate"}, "canary", config.canary.seed),
+        ({"canary", "crowd", "gate"}, "canary", config.canary.seed),
         ({"evidence"}, "evidence", config.evidence.seed),
     ):
         if screens & wanted and seed is None:
