@@ -149,7 +149,7 @@ const people = (wing) => {
     list.replaceChildren();
     box.querySelector("output").textContent = `${left.length.toLocaleString("en")} of ${it.names.length.toLocaleString("en")} participants${left.length > most ? `, the first ${most} listed` : ""}`;
     if (!left.length) { make(list, "p", "Nobody fits this filter."); return; }
-    const body = table(list, `${wing === "swarm" ? "Mean share learnt from" : "Mean weight"}${several ? " by run" : ""}, and how often nothing was`, [
+    const body = table(list, `${wing === "swarm" ? "Mean share learnt from" : "Mean weight"}${several ? " by run" : ""}, and the rounds in which all was refused`, [
       ["Participant"], ["Role"], ...indices.map((r) => [runs[r].name, "number"]), ["First below full weight", "number"], ["Screens that objected"]]);
     indices.forEach((r, k) => {
       const cell = body.parentNode.tHead.rows[0].cells[2 + k];
