@@ -100,6 +100,17 @@ class Deployed:
         shutil.copytree(self.folder / "node", folder)
         return folder
 
+    def admit(self, nodes: list[str]) -> dict[str, Path]:
+        """Nodes that sign: each with its keys, registered, and everybody's lines with everybody."""
+        sites = {node: self.site(node) for node in nodes}
+        for node, folder in sites.items():
+            self.run(folder / "key.sh", node)
+            self.run(self.server / "register.sh", node, folder / "node.key.pub")
+        lines = "".join(["[nodes]\n", *((folder / "node.line").read_text() for folder in sites.values())])
+        for folder in (self.server, *sites.values()):
+            (folder / "keys.toml").write_text(lines)
+        return sites
+
     def processes(self, program: str = "", part: str = "") -> list[int]:
         """Running processes of this deployment, oldest first."""
         found = []

@@ -49,6 +49,18 @@ def test_the_costliest_are_left_out_and_no_more_than_it_takes() -> None:
     assert judged([0.29] * 7 + [0.0, -0.01, 0.01]) == {f"c{i}": float(i >= 7) for i in range(10)}
 
 
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_left_out_first(lost: float) -> None:
+    """The adapter is finite, the model with it is not."""
+
+    def breaks(adapters: Sequence[Tensors]) -> list[Losses]:
+        return [Losses(lost, 1.0) if a["a"][0] > 0.5 else one for a, one in zip(adapters, measure(adapters))]
+
+    updates = tuple(update(f"c{i}", rise) for i, rise in enumerate([0.01, 3.0, 0.2]))
+    round = Round(index=1, start=START, initial=START, updates=updates, refused=(), batch_size=8)
+    assert screen_round(round, [Crowd(breaks, LIMITS)]).weight == {"c0": 1, "c1": 0, "c2": 0}  # type: ignore[arg-type]
+
+
 def test_since_round_0_it_adds_up_and_healing_is_never_left_out() -> None:
     assert set(judged([0.03, 0.03, 0.03]).values()) == {1.0}
     assert judged([0.04, 0.03, 0.02, -0.02], start=0.075) == {"c0": 0, "c1": 0, "c2": 1, "c3": 1}

@@ -44,13 +44,7 @@ def swarm(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Dep
         nodes, bad = who(made)
         made.superlink()
         made.proxy()
-        sites = {node: made.site(node) for node in nodes}
-        for node, folder in sites.items():
-            made.run(folder / "key.sh", node)
-            made.run(made.server / "register.sh", node, folder / "node.key.pub")
-        lines = "".join(["[nodes]\n", *((folder / "node.line").read_text() for folder in sites.values())])
-        for folder in (made.server, *sites.values()):
-            (folder / "keys.toml").write_text(lines)
+        sites = made.admit(nodes)
         for node, folder in sites.items():
             made.start(node, folder / "start.sh", node, *(["malicious=true"] if node == bad else []))
         yield made

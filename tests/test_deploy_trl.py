@@ -30,13 +30,7 @@ def test_trainers_learn_from_each_other_by_a_relay(tmp_path: Path) -> None:
             file.write_text(text.replace("rounds = 20", f"rounds = {ROUNDS}"))
         made.superlink()
         made.proxy()
-        sites = {node: made.site(node) for node in NODES}
-        for node, folder in sites.items():
-            made.run(folder / "key.sh", node)
-            made.run(made.server / "register.sh", node, folder / "node.key.pub")
-        lines = "".join(["[nodes]\n", *((folder / "node.line").read_text() for folder in sites.values())])
-        for folder in (made.server, *sites.values()):
-            (folder / "keys.toml").write_text(lines)
+        sites = made.admit(NODES)
         for node, folder in sites.items():
             made.start(node, folder / "start.sh", node, "wait=200.0")
         script = Path(__file__).with_name("trl_relay_node.py")

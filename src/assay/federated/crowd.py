@@ -64,8 +64,11 @@ class Crowd:
         return out, state
 
     def harm(self, rise: Rise) -> float:
-        """How far into the crowd's limits; the anchor counts only for what moves further away from it."""
-        spent = rise.refusal_anchor / self.anchor if not rise.refusal_step <= 0 else -np.inf
+        """How far into the crowd's limits; the anchor counts only for what moves further away from it. A loss that is not
+        finite is past every limit."""
+        if not np.isfinite([rise.refusal_step, rise.refusal_anchor]).all():
+            return float("inf")
+        spent = rise.refusal_anchor / self.anchor if rise.refusal_step > 0 else -np.inf
         return float(max(rise.refusal_step / self.step, spent))
 
     @staticmethod
